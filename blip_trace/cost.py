@@ -1,0 +1,78 @@
+"""What a pass costs, by formula: the operations that must be done, and the memory that they take.
+
+A multiply-add counts as two operations. Only matrix products count; everything else should be hidden by
+them, and the distance to (operations / the machine's measured rate) is the work left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from .program import CrossAttention, Head, Mlp, Program, SelfAttention, Stack, Sublayer
+from .schedule import Plan, StackPlan, Step
+
+
+def stack_operations(stack: Stack, plan: StackPlan) -> Iterator[int]:
+    """Operations of each step of a stack."""
+    for (_, sublayer), step in zip(stack.steps(), plan.steps, strict=True):
+        yield _sublayer_operations(sublayer, step)
+
+
+def operations(program: Program, plan: Plan) -> int:
+    """Operations of a pass over the text stacks and the head."""
+    question = sum(stack_operations(program.question, plan.question))
+    answer = sum(stack_operations(program.answer, plan.answer))
+    return question + answer + head_operations(program.head, plan.answer.rows)
+
+
+def head_operations(head: Head, rows: int) -> int:
+    """Operations of the vocabulary head on `rows` rows."""
+    return 2 * rows * (head.dense.weight.numel() + head.decoder.weight.numel())
+
+
+def image_operations(stack: Stack, plan: StackPlan) -> int:
+    """Operations of the image encoder, patch embedding included."""
+    patches = plan.rows - len(plan.starts) + 1
+    projection: Tensor = stack.embedding.projection.weight  # type: ignore[union-attr]
+    return 2 * patches * projection.numel() + sum(stack_operations(stack, plan))
+
+
+def text_row_bytes(stack: Stack) -> int:
+    """Peak bytes of activations for each row of a text stack's batch."""
+    elements = 0
+    for sublayer in stack.layers[0].sublayers:
+        match sublayer:
+            case SelfAttention(qkv=qkv):
+                own = qkv.weight.shape[0] + 3 * stack.width
+            case CrossAttention(key_value=key_value, heads=heads):
+                # an absorbed query and its weighted sum hold one state's width for every head
+                own = 4 * stack.width + (2 * heads * key_value.shape[1] if stack.attends_to != "vision" else 0)
+            case Mlp(up=up):
+                own = up.weight.shape[0] + 3 * stack.width
+        elements = max(elements, own)
+    # bfloat16 products may go through float32
+    return 4 * elements
+
+
+def _sublayer_operations(sublayer: Sublayer, step: Step) -> int:
+    rows = step.rows
+    match sublayer:
+        case SelfAttention(qkv=qkv, out=out):
+            lengths = step.starts.diff().long()
+            if rows == len(lengths):  # one token: its own value is the context
+                return 2 * rows * (qkv.weight.numel() // 3 + out.weight.numel())
+            core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
+            return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
+        case CrossAttention(query=query, key_value=key_value, out=out, heads=heads):
+            assert step.query_starts is not None and step.state_starts is not None
+            queries = step.query_starts.diff().long()
+            states = step.state_starts.diff().long()
+            width, source = query.weight.shape[0], key_value.shape[1]
+            project = 4 * states * source * width + 4 * queries * states * width
+            absorb = 4 * queries * source * width + 4 * queries * states * source * heads
+            core = int(project.minimum(absorb)[queries > 0].sum())
+            return 2 * rows * (query.weight.numel() + out.weight.numel()) + core
+        case Mlp(up=up, down=down):
+            return 2 * rows * (up.weight.numel() + down.weight.numel())

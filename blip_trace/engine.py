@@ -1,0 +1,297 @@
+"""Runs a Program under a schedule: the one orchestrator, the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cost
+from .ops import OpSet
+from .program import CrossAttention, Mlp, Norm, PatchEmbedding, Program, SelfAttention, Stack, Sublayer
+from .schedule import Job, Plan, StackPlan, StackShape, Step, plan, straight_plan
+from .sites import Cell
+
+Progress = Callable[[int, int], None]
+"""Called with operations done and operations in all."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to trace.
+
+    question_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
+    corrupted [S, N, D] image states, and the cells to restore.
+    """
+
+    question_ids: Tensor
+    answer_ids: Tensor | None
+    clean: Tensor
+    corrupted: Tensor
+    cells: tuple[Cell, ...]
+
+    @property
+    def job(self) -> Job:
+        """The task's shape."""
+        answer = 1 if self.answer_ids is None else len(self.answer_ids)
+        return Job(len(self.question_ids), answer, len(self.corrupted), self.cells)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the answer's tokens: clean [A], corrupted [S, A], restored [S, cells, A]."""
+
+    answer_ids: Tensor
+    clean: Tensor
+    corrupted: Tensor
+    restored: Tensor
+
+
+@torch.inference_mode()
+def encode_images(program: Program, ops: OpSet, pixels: Tensor) -> Tensor:
+    """Image states [B, N, D] of pixel values [B, 3, H, W]."""
+    stack = program.image
+    embedded = _embed_patches(stack, pixels)  # [B, N, D]
+    images, tokens, width = embedded.shape
+    states = _run_stack(stack, image_plan(program, images, tokens), ops, embedded.view(-1, width), None, _ignore)
+    return states.view(images, tokens, width)
+
+
+def image_plan(program: Program, images: int, tokens: int) -> StackPlan:
+    """The plan by which `encode_images` runs the image stack."""
+    return straight_plan(_shape(program.image), images, tokens)
+
+
+@torch.inference_mode()
+def score(
+    program: Program, ops: OpSet, tasks: Sequence[Task], memory: int, progress: Progress | None = None
+) -> list[Scores]:
+    """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow.
+
+    Tasks share a pass, and one that is too large for a pass is split, by samples first and then by cells;
+    every part takes its clean and corrupted runs along, so the numbers stay the same but for rounding.
+    """
+    passes = list(_passes(program, tasks, memory))
+    plans = [_plan(program, [part for _, part in parts]) for parts in passes]
+    tick = _counter(progress, sum(cost.operations(program, p) for p in plans))
+    answers = [task.answer_ids for task in tasks]
+    pieces: list[list[Scores]] = [[] for _ in tasks]
+    for parts, shape in zip(passes, plans, strict=True):
+        known = [replace(part, answer_ids=answers[number]) for number, part in parts]
+        for (number, _), scores in zip(parts, _run(program, ops, known, shape, tick), strict=True):
+            answers[number] = scores.answer_ids
+            pieces[number].append(scores)
+    return [_merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
+
+
+def _run(
+    program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Callable[[int], None]
+) -> list[Scores]:
+    """One pass over the text stacks and the head."""
+    images = torch.cat([s for task in tasks for s in (task.clean[None], task.corrupted)]).flatten(0, 1)
+    ids = torch.cat([task.question_ids for task in tasks])
+    positions = torch.cat([torch.arange(len(task.question_ids)) for task in tasks])
+    embedded = _embed_tokens(program.question, ids, positions)
+    states = _run_stack(program.question, plan.question, ops, embedded, images, tick)
+
+    given = [_decoder_input(program, task) for task in tasks]
+    positions = torch.cat([torch.arange(len(ids)) for ids in given])
+    embedded = _embed_tokens(program.answer, torch.cat(given), positions)
+    hidden = _run_stack(program.answer, plan.answer, ops, embedded, states, tick)
+
+    head = program.head
+    hidden = ops.linear_gelu(hidden, head.dense.weight, head.dense.bias)
+    hidden = _layer_norm(hidden, head.norm)  # [rows, C]
+    first_row = torch.from_numpy(plan.first_answer_row)
+    tokens = torch.zeros(plan.answer.rows, dtype=torch.int64)
+    rows, answers = [], []
+    for number, task in enumerate(tasks):
+        first = plan.first_run[number]
+        runs = 1 + len(task.corrupted) * (1 + len(task.cells))
+        answer = task.answer_ids
+        if answer is None:
+            clean = hidden[first_row[first]][None]
+            answer = (F.linear(clean, head.decoder.weight).float() + head.decoder.bias.float()).argmax(1).cpu()
+        rows.append(first_row[first : first + runs, None] + torch.arange(len(answer)))  # [runs, A]
+        tokens[rows[-1]] = answer
+        answers.append(answer)
+    logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens[:, None])
+    log_probs = logits[:, 0] - log_sum_exp
+    tick(cost.head_operations(head, plan.answer.rows))
+    return [
+        _scores(task, answer, log_probs[own]) for task, answer, own in zip(tasks, answers, rows, strict=True)
+    ]
+
+
+def _run_stack(
+    stack: Stack,
+    plan: StackPlan,
+    ops: OpSet,
+    embedded: Tensor,
+    states: Tensor | None,
+    tick: Callable[[int], None],
+) -> Tensor:
+    """Run a stack's layers over embedded rows [rows, C]; returns its final states [rows, C]."""
+    sublayers = [sublayer for _, sublayer in stack.steps()]
+    norms = [sublayer.norm for sublayer in sublayers]
+    stream = embedded if plan.entry_rows is None else embedded[plan.entry_rows]
+    normed = stream
+    if stack.norm_first:
+        assert stack.final_norm is not None
+        normed = _layer_norm(stream, norms[0])
+        norms = [*norms[1:], stack.final_norm]  # each sublayer ends with the next one's norm
+    for sublayer, norm, step, operations in zip(
+        sublayers, norms, plan.steps, cost.stack_operations(stack, plan), strict=True
+    ):
+        inner = _inner(ops, sublayer, step, normed, states)
+        out = sublayer.down if isinstance(sublayer, Mlp) else sublayer.out
+        normed, total = ops.linear_add_norm(
+            inner,
+            out.weight,
+            out.bias,
+            stream,
+            step.residual_rows,
+            step.update_rows,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            stack.norm_first,
+        )
+        stream = total if stack.norm_first else normed
+        tick(operations)
+    return normed
+
+
+def _inner(ops: OpSet, sublayer: Sublayer, step: Step, x: Tensor, states: Tensor | None) -> Tensor:
+    """What a sublayer computes before its last projection: [rows, C], or [rows, 4 C] for an MLP."""
+    match sublayer:
+        case SelfAttention(qkv=qkv, heads=heads, causal=causal):
+            if step.rows == len(step.starts) - 1:
+                # a run of one token attends to itself alone: the softmax over one key is 1
+                return ops.linear(x, qkv.weight[-x.shape[1] :], None)
+            return ops.self_attention(ops.linear(x, qkv.weight, qkv.bias), step.starts, heads, causal)
+        case CrossAttention(query=query, key_value=key_value, heads=heads):
+            assert states is not None and step.query_starts is not None and step.state_starts is not None
+            key, value = key_value.chunk(2)
+            q = ops.linear(x, query.weight, query.bias)
+            return ops.cross_attention(q, states, key, value, step.query_starts, step.state_starts, heads)
+        case Mlp(up=up):
+            return ops.linear_gelu(x, up.weight, up.bias)
+
+
+def _embed_tokens(stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
+    """Embedded tokens [rows, C] of ids and positions [rows]."""
+    embedding = stack.embedding
+    assert not isinstance(embedding, PatchEmbedding)
+    return _layer_norm(embedding.words[ids] + embedding.positions[positions], embedding.norm)
+
+
+def _embed_patches(stack: Stack, pixels: Tensor) -> Tensor:
+    """Class token and patches [B, 1 + patches, C] of pixels [B, 3, H, W], positions added."""
+    embedding = stack.embedding
+    assert isinstance(embedding, PatchEmbedding)
+    size = embedding.patch_size
+    patches = F.unfold(pixels, size, stride=size).transpose(1, 2)  # [B, patches, 3 p p]
+    patches = F.linear(
+        patches.to(embedding.positions.dtype), embedding.projection.weight, embedding.projection.bias
+    )
+    class_token = embedding.class_token.expand(len(pixels), 1, -1)
+    return torch.cat((class_token, patches), dim=1) + embedding.positions
+
+
+def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def _decoder_input(program: Program, task: Task) -> Tensor:
+    """The answer's tokens shifted by the start token: [A]."""
+    start = torch.tensor([program.start_token])
+    return start if task.answer_ids is None else torch.cat((start, task.answer_ids[:-1]))
+
+
+def _shape(stack: Stack) -> StackShape:
+    return StackShape(stack.name, tuple((layer, sublayer.name) for layer, sublayer in stack.steps()))
+
+
+def _plan(program: Program, tasks: Sequence[Task]) -> Plan:
+    jobs = tuple(task.job for task in tasks)
+    return plan(_shape(program.question), _shape(program.answer), jobs, states=len(tasks[0].clean))
+
+
+def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[list[tuple[int, Task]]]:
+    """Parts of tasks (number, part) that go through the model together."""
+    parts: list[tuple[int, Task]] = []
+    taken = 0
+    for number, task in enumerate(tasks):
+        job = task.job
+        run_bytes = max(
+            job.question * cost.text_row_bytes(program.question), job.answer * cost.text_row_bytes(program.answer)
+        )
+        for part in _split(task, max(2, memory // run_bytes)):
+            needed = run_bytes * (1 + len(part.corrupted) * (1 + len(part.cells)))
+            if parts and taken + needed > memory:
+                yield parts
+                parts, taken = [], 0
+            parts.append((number, part))
+            taken += needed
+    yield parts
+
+
+def _split(task: Task, runs: int) -> Iterator[Task]:
+    """Parts of a task of at most `runs` runs each, the clean one not counted."""
+    cells = len(task.cells)
+    samples = runs // (1 + cells)
+    if samples:
+        for corrupted in task.corrupted.split(samples):
+            yield replace(task, corrupted=corrupted)
+        return
+    for corrupted in task.corrupted.split(1):
+        for first in range(0, cells, runs - 1):
+            yield replace(task, corrupted=corrupted, cells=task.cells[first : first + runs - 1])
+
+
+def _scores(task: Task, answer: Tensor, log_probs: Tensor) -> Scores:
+    """Sort the log-probabilities [runs, A] of a task's runs."""
+    samples = len(task.corrupted)
+    return Scores(
+        answer_ids=answer,
+        clean=log_probs[0],
+        corrupted=log_probs[1 : 1 + samples],
+        restored=log_probs[1 + samples :].unflatten(0, (samples, len(task.cells))),
+    )
+
+
+def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
+    """Put together what `_split` took apart."""
+    if len(parts) == 1:
+        return parts[0]
+    restored = torch.cat([part.restored.flatten(0, 1) for part in parts])
+    samples, cells = len(task.corrupted), len(task.cells)
+    # parts of one sample repeat its corrupted run
+    corrupted = torch.cat([part.corrupted for part in parts])[:: max(1, -(-len(parts) // samples))]
+    return Scores(
+        answer_ids=parts[0].answer_ids,
+        clean=parts[0].clean,
+        corrupted=corrupted,
+        restored=restored.unflatten(0, (samples, cells)),
+    )
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    if progress is None:
+        return _ignore
+    report, done = progress, 0
+
+    def tick(operations: int) -> None:
+        nonlocal done
+        done += operations
+        report(done, total)
+
+    return tick
+
+
+def _ignore(operations: int) -> None:
+    """No progress wanted."""

@@ -1,0 +1,171 @@
+"""What a trace returns: the maps, their samples, and enough about the run to make it again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = "blip_trace.TraceResult/1"
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """A trace of one question.
+
+    Probabilities are of the whole answer: for several tokens the product of theirs (teacher forcing).
+    `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted run
+    with that cell's states put back to their clean values.
+    """
+
+    restored: Mapping[tuple[str, str], Tensor]
+    low_scores: Tensor
+    high_score: float
+    stack_tokens: Mapping[str, tuple[str, ...]]
+    question: str
+    answer: str
+    answer_ids: tuple[int, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def samples(self, stack: str, kind: str) -> Tensor:
+        """P(answer) of every cell and sample: float32 [samples, tokens, layers]. Raises KeyError where the
+        map was not traced."""
+        try:
+            return self.restored[stack, kind]
+        except KeyError:
+            traced = ", ".join(f"({s!r}, {k!r})" for s, k in self.restored)
+            raise KeyError(f"no map of kind {kind!r} in stack {stack!r} was traced: there are {traced}") from None
+
+    def grid(self, stack: str, kind: str) -> Tensor:
+        """P(answer) with that state restored, mean over samples: float32 [tokens, layers]."""
+        return self.samples(stack, kind).mean(0)
+
+    @property
+    def low_score(self) -> float:
+        """P(answer) of the corrupted run, mean over samples."""
+        return float(self.low_scores.mean())
+
+    @property
+    def total_effect(self) -> float:
+        """High score minus low score."""
+        return self.high_score - self.low_score
+
+    @property
+    def total_effect_vanishes(self) -> bool:
+        """Whether the total effect is too small to divide by: below 1 % probability, or, of several samples,
+        below two standard errors of the low score."""
+        samples = len(self.low_scores)
+        error = float(self.low_scores.std()) / samples**0.5 if samples > 1 else 0.0
+        return abs(self.total_effect) < max(0.01, 2 * error)
+
+    def indirect_effect(self, stack: str, kind: str) -> Tensor:
+        """Restored minus low score, mean over samples: float32 [tokens, layers]."""
+        effect: Tensor = self.samples(stack, kind) - self.low_scores[:, None, None]
+        return effect.mean(0)
+
+    def normalized(self, stack: str, kind: str) -> Tensor:
+        """Indirect over total effect: float32 [tokens, layers], 1 where restoring brings all of the answer
+        back. All NaN where `total_effect_vanishes`."""
+        if self.total_effect_vanishes:
+            return torch.full_like(self.grid(stack, kind), float("nan"))
+        return self.indirect_effect(stack, kind) / self.total_effect
+
+    def standard_error(self, stack: str, kind: str) -> Tensor:
+        """Standard error over samples of the indirect effect: float32 [tokens, layers], NaN for one sample."""
+        effects = self.samples(stack, kind) - self.low_scores[:, None, None]
+        if len(effects) == 1:
+            return torch.full_like(effects[0], float("nan"))
+        return effects.std(0) / len(effects) ** 0.5
+
+    def tokens(self, stack: str) -> tuple[str, ...]:
+        """Labels of a stack's tokens. Raises KeyError where the stack was not traced."""
+        if stack not in self.stack_tokens:
+            raise KeyError(f"stack {stack!r} was not traced: there are {', '.join(self.stack_tokens)}")
+        return self.stack_tokens[stack]
+
+    def plot(self, stack: str, kind: str, path: str | Path | None = None) -> Figure:
+        """Token x layer heatmap of the restored probability; saved to `path` (its ending names the format)."""
+        from .plotting import plot_map
+
+        return plot_map(self, stack, kind, path)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the maps and, in its metadata, everything else; whole or not at all.
+
+        Raises OSError where the file cannot be written.
+        """
+        tensors = {f"{stack}/{kind}": maps.contiguous() for (stack, kind), maps in self.restored.items()}
+        tensors["low_scores"] = self.low_scores.contiguous()
+        metadata = {"format": FORMAT, "trace": json.dumps(self._description(), ensure_ascii=False)}
+        write_whole(Path(path), save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> TraceResult:
+        """Read what `save` wrote. Raises ValueError where the file is something else, OSError where it cannot
+        be read."""
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is no saved trace: its format is not {FORMAT}")
+                about = json.loads(metadata["trace"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path} is no saved trace: {error}") from error
+        low_scores = tensors.pop("low_scores")
+        maps = {}
+        for name, tensor in tensors.items():
+            stack, _, kind = name.partition("/")
+            maps[stack, kind] = tensor
+        return cls(
+            restored=maps,
+            low_scores=low_scores,
+            high_score=about["high_score"],
+            stack_tokens={stack: tuple(labels) for stack, labels in about["tokens"].items()},
+            question=about["question"],
+            answer=about["answer"],
+            answer_ids=tuple(about["answer_ids"]),
+            settings=about["settings"],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trace as plain numbers and strings, for JSON: means over samples, and what `save` describes."""
+        maps = {f"{stack}/{kind}": self.grid(stack, kind).tolist() for stack, kind in self.restored}
+        return {
+            **self._description(),
+            "low_score": self.low_score,
+            "low_scores": self.low_scores.tolist(),
+            "total_effect_vanishes": self.total_effect_vanishes,
+            "maps": maps,
+        }
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "answer_ids": list(self.answer_ids),
+            "high_score": self.high_score,
+            "tokens": {stack: list(labels) for stack, labels in self.stack_tokens.items()},
+            "settings": dict(self.settings),
+        }
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

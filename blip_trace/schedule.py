@@ -1,0 +1,280 @@
+"""From cells to a plan: which run forks where, and which rows it shares until then.
+
+Runs that cannot yet differ are one *class* and share one set of rows. All runs of a question start as one
+class. After every sublayer the classes are refined: runs whose next rows would differ, because a state of
+theirs is restored or because they read another set of cross-attention states, get rows of their own. A fork
+and a restoration are then the same thing, a gather: every new row says from which row of the batch its
+residual and its sublayer update are read. A restored row reads them from the clean run, which runs along.
+
+Planning looks at shapes only, never at numbers; equal shapes share one plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .sites import KINDS, Cell, Site
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The shape of one question: its runs are a clean one, one corrupted run per sample, and every cell
+    restored in every sample. `question` and `answer` are lengths in tokens."""
+
+    question: int
+    answer: int
+    samples: int
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """What planning knows of a stack: its name and its sublayers (layer, sublayer name) in order."""
+
+    name: str
+    steps: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one sublayer is run, and how its batch becomes the next one's.
+
+    starts [runs + 1]: first row of each class in the batch that the sublayer sees. query_starts and
+    state_starts [groups + 1]: for cross-attention, the rows that share a set of states, and that set's rows.
+    residual_rows, update_rows [rows of the next batch]: see `reference.linear_add_norm`; None: unchanged.
+    All int32.
+    """
+
+    layer: int
+    sublayer: str
+    rows: int
+    starts: Tensor
+    query_starts: Tensor | None
+    state_starts: Tensor | None
+    residual_rows: Tensor | None
+    update_rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """All steps of a stack; at its end class c owns rows starts[c]:starts[c + 1], and run r is class_of[r]."""
+
+    name: str
+    entry_rows: Tensor | None
+    steps: tuple[Step, ...]
+    starts: Tensor
+    class_of: Ints
+
+    @property
+    def rows(self) -> int:
+        """Rows of the final batch."""
+        return int(self.starts[-1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plans of the question and the answer stack, and the rows of each run's answer.
+
+    first_answer_row [runs]: a run's answer tokens are consecutive rows from there. Runs lie job after job:
+    clean, corrupted samples, then cell after cell for the first sample, for the second, and so on.
+    """
+
+    question: StackPlan
+    answer: StackPlan
+    first_run: tuple[int, ...]
+    first_answer_row: Ints
+
+
+@lru_cache(maxsize=64)
+def plan(question: StackShape, answer: StackShape, jobs: tuple[Job, ...], states: int) -> Plan:
+    """Plan a pass over `jobs`. Each job brings 1 + samples sets of `states` image states: clean, then
+    corrupted."""
+    first_run, restores = _runs(jobs)
+    question_plan = _plan_stack(
+        question,
+        lengths=[job.question for job in jobs],
+        entry_of=np.repeat(np.arange(len(jobs)), [_runs_of(job) for job in jobs]),
+        source_of=_image_sources(jobs),
+        source_lengths=np.full(sum(1 + job.samples for job in jobs), states),
+        restores=restores[question.name],
+    )
+    answer_plan = _plan_stack(
+        answer,
+        lengths=[job.answer for job in jobs],
+        entry_of=np.repeat(np.arange(len(jobs)), [_runs_of(job) for job in jobs]),
+        source_of=question_plan.class_of,
+        source_lengths=np.diff(question_plan.starts.numpy()),
+        restores=restores[answer.name],
+    )
+    first_answer_row = answer_plan.starts.numpy()[answer_plan.class_of].astype(np.int64)
+    return Plan(question_plan, answer_plan, first_run, first_answer_row)
+
+
+def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
+    """A plan in which nothing forks: `runs` runs of `tokens` tokens, as the image stack is run."""
+    return _plan_stack(
+        shape,
+        lengths=[tokens] * runs,
+        entry_of=np.arange(runs),
+        source_of=np.zeros(runs, dtype=np.int64),
+        source_lengths=np.zeros(1, dtype=np.int64),
+        restores=(),
+    )
+
+
+@dataclass(frozen=True)
+class _Restore:
+    """Replace a run's site by the donor run's state."""
+
+    run: int
+    site: Site
+    donor: int
+
+
+def _runs_of(job: Job) -> int:
+    return 1 + job.samples * (1 + len(job.cells))
+
+
+def _runs(jobs: Sequence[Job]) -> tuple[tuple[int, ...], dict[str, list[_Restore]]]:
+    """First run of each job, and all restorations by stack."""
+    first_run = []
+    restores: dict[str, list[_Restore]] = defaultdict(list)
+    runs = 0
+    for job in jobs:
+        first_run.append(runs)
+        clean, run = runs, runs + 1 + job.samples
+        for _ in range(job.samples):
+            for cell in job.cells:
+                for site in cell.sites:
+                    restores[site.stack].append(_Restore(run, site, donor=clean))
+                run += 1
+        runs = run
+    return tuple(first_run), restores
+
+
+def _image_sources(jobs: Sequence[Job]) -> Ints:
+    """For each run the number of the set of image states that it reads."""
+    sources = []
+    first = 0
+    for job in jobs:
+        samples = first + 1 + np.arange(job.samples)
+        sources += [[first], samples, np.repeat(samples, len(job.cells))]
+        first += 1 + job.samples
+    return np.concatenate(sources)
+
+
+class _Batch:
+    """The classes of runs that share rows, sorted by the set of states that they read."""
+
+    def __init__(self, entry_of: Ints, entry_lengths: Sequence[int], source_of: Ints) -> None:
+        self.class_of = entry_of.copy()
+        self.source_of = source_of
+        self.lengths = np.asarray(entry_lengths)
+
+    @property
+    def starts(self) -> Ints:
+        return np.concatenate(([0], np.cumsum(self.lengths)))
+
+    def refine(self, restores: Iterable[_Restore], by_source: bool) -> tuple[Tensor, Tensor] | None:
+        """Give rows of their own to runs that differ from here on; returns (residual_rows, update_rows)."""
+        overrides: dict[int, set[tuple[int, str, int]]] = defaultdict(set)
+        for restore in restores:
+            donor = int(self.class_of[restore.donor])
+            if donor != self.class_of[restore.run]:  # else the state is the clean one already
+                overrides[restore.run].add((restore.site.token, KINDS[restore.site.kind].place, donor))
+        split = by_source and not self._sorted_by_source()
+        if not overrides and not split:
+            return None
+
+        source = self.source_of if split else np.zeros_like(self.source_of)
+        keys: dict[tuple[int, int, frozenset[tuple[int, str, int]]], list[int]] = defaultdict(list)
+        nothing: frozenset[tuple[int, str, int]] = frozenset()
+        for run, key in enumerate(zip(self.class_of.tolist(), source.tolist(), strict=True)):
+            changed = overrides.get(run)
+            keys[(*key, frozenset(changed) if changed else nothing)].append(run)
+        classes = sorted(keys.items(), key=lambda item: (self.source_of[item[1][0]], item[0][0], item[1][0]))
+
+        old_starts = self.starts
+        parents = np.array([parent for (parent, _, _), _ in classes])
+        self.lengths = self.lengths[parents]
+        starts = self.starts
+        residual = np.repeat(old_starts[parents] - starts[:-1], self.lengths) + np.arange(starts[-1])
+        update = residual.copy()
+        for number, ((_, _, changed), runs) in enumerate(classes):
+            self.class_of[runs] = number
+            for token, place, donor in changed:
+                update[starts[number] + token] = old_starts[donor] + token
+                if place == "stream":
+                    residual[starts[number] + token] = old_starts[donor] + token
+        return _int32(residual), _int32(update)
+
+    def groups(self, source_lengths: Ints) -> tuple[Tensor, Tensor]:
+        """query_starts and state_starts: consecutive classes that read one set of states form a group."""
+        sources = np.zeros(len(self.lengths), dtype=np.int64)
+        sources[self.class_of] = self.source_of
+        first = np.searchsorted(sources, np.arange(len(source_lengths) + 1))
+        return _int32(self.starts[first]), _int32(np.concatenate(([0], np.cumsum(source_lengths))))
+
+    def _sorted_by_source(self) -> bool:
+        """Whether every class reads one set of states, and classes lie in the order of the sets."""
+        lowest = np.full(len(self.lengths), np.iinfo(np.int64).max)
+        highest = np.full(len(self.lengths), -1)
+        np.minimum.at(lowest, self.class_of, self.source_of)
+        np.maximum.at(highest, self.class_of, self.source_of)
+        return bool((lowest == highest).all() and (np.diff(lowest) >= 0).all())
+
+
+def _plan_stack(
+    shape: StackShape,
+    lengths: Sequence[int],
+    entry_of: Ints,
+    source_of: Ints,
+    source_lengths: Ints,
+    restores: Iterable[_Restore],
+) -> StackPlan:
+    restored_at: dict[tuple[int, str], list[_Restore]] = defaultdict(list)
+    for restore in restores:
+        restored_at[restore.site.layer, KINDS[restore.site.kind].sublayer].append(restore)
+
+    batch = _Batch(entry_of, lengths, source_of)
+    crosses = [name == "cross_attn" for _, name in shape.steps] + [False]
+    entry = batch.refine((), by_source=crosses[0])
+    steps = []
+    for number, (layer, name) in enumerate(shape.steps):
+        starts = batch.starts
+        query_starts, state_starts = batch.groups(source_lengths) if crosses[number] else (None, None)
+        rows = batch.refine(restored_at[layer, name], by_source=crosses[number + 1])
+        residual_rows, update_rows = rows if rows else (None, None)
+        steps.append(
+            Step(
+                layer=layer,
+                sublayer=name,
+                rows=int(starts[-1]),
+                starts=_int32(starts),
+                query_starts=query_starts,
+                state_starts=state_starts,
+                residual_rows=residual_rows,
+                update_rows=update_rows,
+            )
+        )
+    return StackPlan(
+        name=shape.name,
+        entry_rows=entry[0] if entry else None,
+        steps=tuple(steps),
+        starts=_int32(batch.starts),
+        class_of=batch.class_of,
+    )
+
+
+def _int32(values: Ints) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))

@@ -1,0 +1,297 @@
+"""Tracer: the public face; the one place that ties the rooms below together."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers import BlipForQuestionAnswering
+
+from . import __version__, engine, hooks
+from .corruption import Corruption, GaussianNoise, corrupt
+from .inputs import Inputs
+from .lowering.blip import lower
+from .lowering.load import load_model, parse_dtype
+from .ops import OpSet, get_ops, native_unavailable_reason
+from .program import Program
+from .result import TraceResult
+from .sites import KINDS, STACKS, Cell, check_names, grid_cells
+
+Backend = Literal["auto", "native", "reference", "hooks"]
+Image = str | Path | PIL.Image.Image | Tensor
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done, 0 to 1."""
+
+BACKENDS = ("auto", "native", "reference", "hooks")
+CACHED_IMAGES = 32
+
+
+class Tracer:
+    """Traces which states of a BLIP question answerer carry its answer.
+
+    Weights are read once, when the tracer is made; dropout is off.
+
+    backend: "native" (compiled), "reference" (the same engine in plain torch), "hooks" (one forward pass of
+    the unmodified model for every cell: slow, and what defines right), or "auto": native where it was built,
+    else, with a warning, reference.
+    memory: bytes of activations that a pass may take; larger traces are split and give the same numbers but
+    for rounding.
+
+    Raises ValueError for an unknown backend, for weights that are not finite and for a model that cannot be
+    expressed, TypeError for a model that is no `BlipForQuestionAnswering`, and `BackendUnavailableError`
+    (a RuntimeError) where "native" was asked for but not built.
+    """
+
+    def __init__(
+        self,
+        model: BlipForQuestionAnswering,
+        processor: Any = None,
+        backend: Backend = "auto",
+        memory: int = 256 * 2**20,
+    ) -> None:
+        check_names("backend", [backend], BACKENDS)
+        if not isinstance(model, BlipForQuestionAnswering):
+            raise TypeError(f"only BlipForQuestionAnswering can be traced, not {type(model).__name__}")
+        if model.device.type != "cpu":
+            raise ValueError(f"the model is on {model.device}: this version traces on the CPU")
+        if memory < 2**20:
+            raise ValueError(f"memory must be at least {2**20} bytes, not {memory}")
+        for name, weight in model.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"the model's weight {name} holds NaN or infinity")
+        self.model = model.eval()
+        self.processor = processor
+        self.memory = memory
+        self.backend = _choose_backend(backend)
+        self._inputs = Inputs(model.config, processor)
+        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        hub_id_or_folder: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        backend: Backend = "auto",
+        memory: int = 256 * 2**20,
+    ) -> Tracer:
+        """Load a `BlipForQuestionAnswering` and its processor: safetensors only, no remote code.
+
+        dtype: "float32", or "bfloat16" (weights and matrix products in bfloat16; softmax, LayerNorm, sums and
+        scores in float32).
+
+        Raises ValueError where the folder holds no such model, or any weight is missing, unexpected or of
+        another shape (named in the message), and for an unknown dtype or device; OSError where it cannot be
+        read.
+        """
+        if device != "cpu":
+            raise ValueError(f"unknown device {device!r}: this version traces on the CPU")
+        check_names("backend", [backend], BACKENDS)
+        model, processor = load_model(hub_id_or_folder, parse_dtype(dtype))
+        return cls(model, processor, backend, memory)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights and matrix products."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @cached_property
+    def program(self) -> Program:
+        """The model as data."""
+        return lower(self.model)
+
+    @cached_property
+    def ops(self) -> OpSet:
+        """The ops that the engine calls."""
+        return get_ops(self.backend)
+
+    def trace(
+        self,
+        image: Image,
+        question: str | Tensor,
+        answer: str | int | None = None,
+        corruption: Corruption | None = None,
+        stacks: Sequence[str] = ("text_encoder", "text_decoder"),
+        kinds: Sequence[str] = ("hidden",),
+        window: int = 1,
+        progress: Progress | None = None,
+    ) -> TraceResult:
+        """Map, for every layer x token x kind of state, how much of the answer returns when that state of the
+        corrupted run is put back to its clean value (causal tracing: Meng et al. 2022; for BLIP: Palit et al.
+        2023).
+
+        image: a PIL image, a path, or pixel_values [1, 3, H, W]; its encoding is cached across calls.
+        question: a string, or input_ids [1, T]; padding at the end is ignored.
+        answer: None for the first token of the model's own clean answer; a string, whose tokens are
+            teacher-forced and scored by their joint probability; or a token id.
+        corruption: what corrupts the image embeddings: an object of `blip_trace.corruption`, or a callable
+            from [N, D] to [S, N, D]; `GaussianNoise()` (ten samples) unless given.
+        stacks, kinds: which maps to make; kinds as in the table of the README.
+        window: how many consecutive layers a cell restores, centred on its own.
+        progress: called with the share of the work done.
+
+        Raises ValueError or TypeError, in one sentence, for inputs that cannot be traced.
+        """
+        return self.trace_batch(
+            [(image, question)], [answer], corruption, stacks, kinds, window, progress=progress
+        )[0]
+
+    def trace_batch(
+        self,
+        pairs: Sequence[tuple[Image, str | Tensor]],
+        answers: Sequence[str | int | None] | None = None,
+        corruption: Corruption | None = None,
+        stacks: Sequence[str] = ("text_encoder", "text_decoder"),
+        kinds: Sequence[str] = ("hidden",),
+        window: int = 1,
+        progress: Progress | None = None,
+    ) -> list[TraceResult]:
+        """Trace several (image, question) pairs, packed into common passes without padding; each result is
+        that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
+        corruption = GaussianNoise() if corruption is None else corruption
+        if not callable(corruption):
+            raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
+        answers = [None] * len(pairs) if answers is None else answers
+        if len(answers) != len(pairs):
+            raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
+        stacks, kinds = self._check_maps(stacks, kinds, window)
+
+        tasks, cuts = [], []
+        pixels = [self._inputs.pixels(image) for image, _ in pairs]
+        asked = [self._inputs.question_ids(question) for _, question in pairs]
+        wanted = [self._inputs.answer_ids(answer) for answer in answers]
+        for image, question_ids, answer_ids in zip(pixels, asked, wanted, strict=True):
+            clean = self._image_states(image)
+            lengths = {
+                "text_encoder": len(question_ids),
+                "text_decoder": 1 if answer_ids is None else len(answer_ids),
+            }
+            grids = self._grids(stacks, kinds, window, lengths)
+            cells = tuple(cell for grid in grids.values() for cell in grid)
+            tasks.append(engine.Task(question_ids, answer_ids, clean, corrupt(corruption, clean), cells))
+            cuts.append(grids)
+        scores = self._score(tasks, progress)
+
+        settings = self._settings(corruption, window)
+        return [
+            self._result(question, task, grids, own, settings)
+            for (_, question), task, grids, own in zip(pairs, tasks, cuts, scores, strict=True)
+        ]
+
+    def _check_maps(
+        self, stacks: Sequence[str], kinds: Sequence[str], window: int
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a whole number of layers of at least 1, not {window!r}")
+        stacks = check_names("stack", stacks, STACKS)
+        if "vision" in stacks:
+            raise ValueError(
+                "the vision stack lies before the corrupted image embeddings: nothing in it can be restored"
+            )
+        return stacks, check_names("kind", kinds, KINDS)
+
+    def _grids(
+        self, stacks: Sequence[str], kinds: Sequence[str], window: int, lengths: Mapping[str, int]
+    ) -> dict[tuple[str, str], list[Cell]]:
+        layers = self.model.config.text_config.num_hidden_layers
+        return {
+            (stack, kind): grid_cells(stack, kind, lengths[stack], layers, window)
+            for stack in stacks
+            for kind in kinds
+        }
+
+    def _image_states(self, pixels: Tensor) -> Tensor:
+        """Image embeddings [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
+        key = hashlib.blake2b(pixels.numpy(), digest_size=16).digest()
+        if key not in self._states:
+            if self.backend == "hooks":
+                states = hooks.encode_images(self.model, pixels)[0]
+            else:
+                states = engine.encode_images(self.program, self.ops, pixels)[0]
+            if not bool(torch.isfinite(states).all()):
+                raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
+            self._states[key] = states
+            while len(self._states) > CACHED_IMAGES:
+                self._states.popitem(last=False)
+        self._states.move_to_end(key)
+        return self._states[key]
+
+    def _score(self, tasks: Sequence[engine.Task], progress: Progress | None) -> list[engine.Scores]:
+        if not tasks:
+            return []
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done / total)
+
+        if self.backend == "hooks":
+            return hooks.score(self.model, tasks, report)
+        return engine.score(self.program, self.ops, tasks, self.memory, report)
+
+    def _result(
+        self,
+        question: str | Tensor,
+        task: engine.Task,
+        grids: Mapping[tuple[str, str], Sequence[Cell]],
+        scores: engine.Scores,
+        settings: Mapping[str, Any],
+    ) -> TraceResult:
+        restored = scores.restored.sum(-1).exp().float()  # [S, cells]: joint over the answer's tokens
+        layers = self.model.config.text_config.num_hidden_layers
+        maps = {}
+        first = 0
+        for name, cells in grids.items():
+            part = restored[:, first : first + len(cells)]
+            maps[name] = part.unflatten(1, (len(cells) // layers, layers)).clone()
+            first += len(cells)
+        answer_ids = scores.answer_ids.tolist()
+        labels = {
+            "text_encoder": self._inputs.labels(task.question_ids.tolist()),
+            "text_decoder": self._inputs.labels([self.model.decoder_start_token_id, *answer_ids[:-1]]),
+        }
+        return TraceResult(
+            restored=maps,
+            low_scores=scores.corrupted.sum(-1).exp().float(),
+            high_score=float(scores.clean.sum().exp()),
+            stack_tokens={stack: labels[stack] for stack, _ in grids},
+            question=question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist()),
+            answer=self._inputs.text(answer_ids),
+            answer_ids=tuple(answer_ids),
+            settings=settings,
+        )
+
+    def _settings(self, corruption: Corruption, window: int) -> dict[str, Any]:
+        return {
+            "blip_trace": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "backend": self.backend,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "model": self.model.config.name_or_path or type(self.model).__name__,
+            "image_processor": self._inputs.image_processor,
+            "corruption": repr(corruption),
+            "window": window,
+        }
+
+
+def _choose_backend(backend: Backend) -> Literal["native", "reference", "hooks"]:
+    if backend != "auto":
+        if backend != "hooks":
+            get_ops(backend)  # raises where it is unavailable
+        return backend
+    reason = native_unavailable_reason()
+    if reason is None:
+        return "native"
+    warnings.warn(f"tracing with the slower reference backend: {reason}", stacklevel=3)
+    return "reference"
