@@ -62,7 +62,12 @@ def encode_images(program: Program, ops: OpSet, pixels: Tensor) -> Tensor:
 
 def image_plan(program: Program, images: int, tokens: int) -> StackPlan:
     """The plan by which `encode_images` runs the image stack."""
-    return straight_plan(_shape(program.image), images, tokens)
+    return straight_plan(stack_shape(program.image), images, tokens)
+
+
+def stack_shape(stack: Stack) -> StackShape:
+    """What planning needs to know of a stack."""
+    return StackShape(stack.name, tuple((layer, sublayer.name) for layer, sublayer in stack.steps()))
 
 
 @torch.inference_mode()
@@ -212,13 +217,9 @@ def _decoder_input(program: Program, task: Task) -> Tensor:
     return start if task.answer_ids is None else torch.cat((start, task.answer_ids[:-1]))
 
 
-def _shape(stack: Stack) -> StackShape:
-    return StackShape(stack.name, tuple((layer, sublayer.name) for layer, sublayer in stack.steps()))
-
-
 def _plan(program: Program, tasks: Sequence[Task]) -> Plan:
     jobs = tuple(task.job for task in tasks)
-    return plan(_shape(program.question), _shape(program.answer), jobs, states=len(tasks[0].clean))
+    return plan(stack_shape(program.question), stack_shape(program.answer), jobs, states=len(tasks[0].clean))
 
 
 def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[list[tuple[int, Task]]]:

@@ -71,7 +71,7 @@ def score(
         start = torch.tensor([model.decoder_start_token_id])
         decoder_ids = start if task.answer_ids is None else torch.cat((start, task.answer_ids[:-1]))
         sites = {site for cell in task.cells for site in cell.sites}
-        with _recording(model, sites) as clean_states:
+        with recording(model, sites) as clean_states:
             logits = answer_logits(model, task.question_ids, decoder_ids, task.clean[None])
         answer = logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
         corrupted = answer_logits(model, task.question_ids, decoder_ids, task.corrupted)
@@ -103,7 +103,7 @@ def _log_probs(logits: Tensor, answer: Tensor) -> Tensor:
 
 
 @contextmanager
-def _recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dict[Site, Tensor]]:
+def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dict[Site, Tensor]]:
     """Keep the state [C] of every site of the forward pass that is run inside."""
     states: dict[Site, Tensor] = {}
     edits: dict[nn.Module, Edit] = {}

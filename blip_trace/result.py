@@ -25,8 +25,8 @@ class TraceResult:
     """A trace of one question.
 
     Probabilities are of the whole answer: for several tokens the product of theirs (teacher forcing).
-    `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted run
-    with that cell's states put back to their clean values.
+    `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted
+    run with that cell's states put back to their clean values.
     """
 
     restored: Mapping[tuple[str, str], Tensor]
@@ -45,7 +45,8 @@ class TraceResult:
             return self.restored[stack, kind]
         except KeyError:
             traced = ", ".join(f"({s!r}, {k!r})" for s, k in self.restored)
-            raise KeyError(f"no map of kind {kind!r} in stack {stack!r} was traced: there are {traced}") from None
+            message = f"no map of kind {kind!r} in stack {stack!r} was traced: there are {traced}"
+            raise KeyError(message) from None
 
     def grid(self, stack: str, kind: str) -> Tensor:
         """P(answer) with that state restored, mean over samples: float32 [tokens, layers]."""
@@ -82,11 +83,12 @@ class TraceResult:
         return self.indirect_effect(stack, kind) / self.total_effect
 
     def standard_error(self, stack: str, kind: str) -> Tensor:
-        """Standard error over samples of the indirect effect: float32 [tokens, layers], NaN for one sample."""
+        """Standard error of the indirect effect: float32 [tokens, layers], NaN for a single sample."""
         effects = self.samples(stack, kind) - self.low_scores[:, None, None]
         if len(effects) == 1:
             return torch.full_like(effects[0], float("nan"))
-        return effects.std(0) / len(effects) ** 0.5
+        error: Tensor = effects.std(0) / len(effects) ** 0.5
+        return error
 
     def tokens(self, stack: str) -> tuple[str, ...]:
         """Labels of a stack's tokens. Raises KeyError where the stack was not traced."""
@@ -95,7 +97,7 @@ class TraceResult:
         return self.stack_tokens[stack]
 
     def plot(self, stack: str, kind: str, path: str | Path | None = None) -> Figure:
-        """Token x layer heatmap of the restored probability; saved to `path` (its ending names the format)."""
+        """Token x layer heatmap of the restored probability; saved to `path` if given (png, pdf, svg)."""
         from .plotting import plot_map
 
         return plot_map(self, stack, kind, path)
@@ -118,21 +120,28 @@ class TraceResult:
             with safe_open(Path(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no saved trace: its format is not {FORMAT}")
+                    raise ValueError(f"its format is not {FORMAT}")
                 about = json.loads(metadata["trace"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            return cls._read(about, tensors)
+        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no saved trace: {error}") from error
-        low_scores = tensors.pop("low_scores")
+
+    @classmethod
+    def _read(cls, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> TraceResult:
+        low_scores = tensors.pop("low_scores")  # [samples]
+        tokens = {stack: tuple(labels) for stack, labels in about["tokens"].items()}
         maps = {}
         for name, tensor in tensors.items():
             stack, _, kind = name.partition("/")
+            if tensor.dim() != 3 or tensor.shape[:2] != (*low_scores.shape, len(tokens[stack])):
+                raise ValueError(f"the map {name} has the wrong shape {list(tensor.shape)}")
             maps[stack, kind] = tensor
         return cls(
             restored=maps,
             low_scores=low_scores,
-            high_score=about["high_score"],
-            stack_tokens={stack: tuple(labels) for stack, labels in about["tokens"].items()},
+            high_score=float(about["high_score"]),
+            stack_tokens=tokens,
             question=about["question"],
             answer=about["answer"],
             answer_ids=tuple(about["answer_ids"]),

@@ -1,0 +1,62 @@
+# PYTHON=  the interpreter a new environment is made from; one inside an environment means that environment.
+# VENV=    the environment. One that you name and that is there is used as it is: nothing is downloaded,
+#          only the extension is built. Without a name, .venv is made from requirements.txt.
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+
+inside := $(shell "$(PYTHON)" -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')
+ifneq ($(origin VENV),undefined)
+  # One that this file made itself, perhaps not to its end, is still its own.
+  given := $(shell test -x "$(VENV)/bin/python" && ! test -e "$(VENV)/made-by-make" && echo yes)
+else ifneq ($(and $(inside),$(filter-out default file,$(origin PYTHON))),)
+  VENV := $(inside)
+  given := yes
+else
+  VENV := .venv
+endif
+
+PY := "$(VENV)/bin/python"
+# One folder of stamps for each environment, so that changing between two does not mix them up.
+stamps := build/stamps/$(shell printf %s "$(abspath $(VENV))" | cksum | cut -d' ' -f1)
+native := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help env build demo test lint bench bench-quick clean
+
+help:
+	@echo 'make demo | test | lint | bench | bench-quick | clean    [PYTHON=python3] [VENV=.venv]'
+
+$(stamps)/env: requirements.txt
+	@mkdir -p $(@D)
+ifeq ($(given),)
+	test -x $(PY) || { "$(PYTHON)" -m venv "$(VENV)" && touch "$(VENV)/made-by-make"; }
+	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(PY) -m pip install --quiet -r requirements.txt
+endif
+	@touch $@
+
+$(stamps)/build: $(stamps)/env $(native)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+env: $(stamps)/env
+build: $(stamps)/build
+
+demo: build
+	$(PY) examples/demo.py
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: build lint
+	$(PY) -m pytest -q
+
+bench: build
+	$(PY) -m pytest benchmarks -q -s --benchmark-enable
+
+bench-quick: build
+	$(PY) -m pytest benchmarks -q -s --benchmark-enable -m quick
+
+clean:
+	rm -rf build dist *.egg-info blip_trace/_C.*.so

@@ -1,0 +1,142 @@
+"""What the engine is measured against: the published tool's loop, what an informed user can do with hooks
+today, and the strongest thing stock torch can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BlipForQuestionAnswering
+
+from blip_trace import hooks, reference
+from blip_trace.engine import Task
+from blip_trace.sites import Cell
+
+
+@torch.inference_mode()
+def published_loop(model: BlipForQuestionAnswering, pixels: Tensor, task: Task, cells: Sequence[Cell]) -> None:
+    """(A) The loop of the BLIP causal-tracing tool (Palit et al. 2023): for every cell the image is encoded
+    twice, then a batch of two, clean and corrupted, goes through the text stacks, with hooks that put the clean
+    row's state into the corrupted row."""
+    decoder_ids = torch.tensor([model.decoder_start_token_id])
+    for cell in cells:
+        clean = hooks.encode_images(model, pixels)
+        images = torch.cat((clean, hooks.encode_images(model, pixels)))
+        images[1] = task.corrupted[0]
+        edits = {}
+        for site in cell.sites:
+
+            def restore(output: Tensor, token: int = site.token) -> Tensor:
+                output = output.clone()
+                output[1:, token] = output[0, token]
+                return output
+
+            edits[hooks.site_module(model, site.stack, site.layer, site.kind)] = restore
+        with hooks.editing(edits):
+            logits = hooks.answer_logits(model, task.question_ids, decoder_ids, images)
+        logits[1:, -1].float().softmax(-1)
+
+
+@torch.inference_mode()
+def hook_loop(model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell]) -> None:
+    """(B) Hooks, one forward pass for every cell and sample, the image encoded once beforehand."""
+    hooks.score(model, [Task(task.question_ids, task.answer_ids, task.clean, task.corrupted, tuple(cells))])
+
+
+@torch.inference_mode()
+def batched_hooks(
+    model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell], clean: dict[Cell, Tensor]
+) -> Tensor:
+    """(C) Hooks with these cells as the rows of one batch, each row restored at its own site; the image is
+    encoded once, its keys and values are projected for every row. `clean`: the state of each one-site cell."""
+    decoder_ids = torch.tensor([model.decoder_start_token_id])
+    edits: dict[torch.nn.Module, hooks.Edit] = {}
+    rows_of: dict[torch.nn.Module, list[tuple[int, Cell]]] = {}
+    for row, cell in enumerate(cells):
+        (site,) = cell.sites
+        module = hooks.site_module(model, site.stack, site.layer, site.kind)
+        rows_of.setdefault(module, []).append((row, cell))
+    for module, rows in rows_of.items():
+
+        def restore(output: Tensor, rows: list[tuple[int, Cell]] = rows) -> Tensor:
+            output = output.clone()
+            for row, cell in rows:
+                (site,) = cell.sites
+                output[row, site.token] = clean[cell]
+            return output
+
+        edits[module] = restore
+    images = task.corrupted[:1].expand(len(cells), -1, -1)
+    with hooks.editing(edits):
+        return hooks.answer_logits(model, task.question_ids, decoder_ids, images)[:, -1]
+
+
+class StockOps:
+    """(D) The same forking pass in stock torch: keys and values projected once for each image and layer,
+    `scaled_dot_product_attention` on folded rows, F.layer_norm, F.gelu."""
+
+    linear = staticmethod(reference.linear)
+    token_logits = staticmethod(reference.token_logits)
+
+    @staticmethod
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias))
+
+    @staticmethod
+    def linear_add_norm(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        residual_rows: Tensor | None,
+        update_rows: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        return_sum: bool,
+    ) -> tuple[Tensor, Tensor]:
+        update = F.linear(x, weight, bias)
+        if residual_rows is not None and update_rows is not None:
+            residual, update = residual[residual_rows], update[update_rows]
+        total = residual + update
+        return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps), total
+
+    @staticmethod
+    def self_attention(qkv: Tensor, starts: Tensor, heads: int, causal: bool) -> Tensor:
+        runs = len(starts) - 1  # of equal length in the benchmarks
+        q, k, v = qkv.view(runs, len(qkv) // runs, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(len(qkv), -1)
+
+    @staticmethod
+    def cross_attention(
+        query: Tensor,
+        states: Tensor,
+        key_weight: Tensor,
+        value_weight: Tensor,
+        query_starts: Tensor,
+        state_starts: Tensor,
+        heads: int,
+    ) -> Tensor:
+        keys, values = F.linear(states, key_weight), F.linear(states, value_weight)
+        rows, sets = query_starts.diff(), state_starts.diff()
+        if bool((rows == rows[0]).all()) and bool((sets == sets[0]).all()):
+            folded = _attend(_batched(query, len(rows), heads), keys, values, len(rows), heads)
+            return folded.transpose(1, 2).reshape(len(query), -1)
+        out = torch.empty_like(query)
+        marks = zip(query_starts, query_starts[1:], state_starts, state_starts[1:], strict=False)
+        for first, last, begin, end in marks:
+            q = _batched(query[first:last], 1, heads)
+            context = _attend(q, keys[begin:end], values[begin:end], 1, heads)
+            out[first:last] = context[0].transpose(0, 1).flatten(1)
+        return out
+
+
+def _batched(rows: Tensor, groups: int, heads: int) -> Tensor:
+    """[groups * n, H * d] as [groups, H, n, d]."""
+    return rows.view(groups, len(rows) // groups, heads, -1).transpose(1, 2)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, groups: int, heads: int) -> Tensor:
+    return F.scaled_dot_product_attention(q, _batched(keys, groups, heads), _batched(values, groups, heads))

@@ -1,0 +1,167 @@
+"""The engine against every other way to the same map, interleaved in one process.
+
+BLIP-VQA-base size, random weights, 9 question tokens: 108 cells of the question encoder and 12 of the answer
+decoder; and the small shipped model, where overheads rule. Ways that take minutes are timed on a sample of
+cells (each cell costs them the same) and scaled.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from baselines import StockOps, batched_hooks, hook_loop, published_loop
+from conftest import Gate
+from subject import Subject, blip_base, blip_shapes
+
+from blip_trace import hooks
+
+Work = Callable[[], object]
+GEMM_ROWS, GEMM_IN, GEMM_OUT, GEMM_TIMES = 1024, 768, 3072, 8
+
+
+def interleave(
+    benchmark: Any, rounds: int, ours: Work, others: dict[str, Work]
+) -> tuple[float, dict[str, float]]:
+    """Time `ours` by pytest-benchmark, and all the others before each of its rounds: medians in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in others}
+
+    def before() -> None:
+        for name, work in others.items():
+            begin = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - begin)
+
+    with torch.inference_mode():
+        benchmark.pedantic(ours, setup=before, rounds=rounds, warmup_rounds=1, iterations=1)
+    medians = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    benchmark.extra_info.update({f"{name} [s]": round(value, 5) for name, value in medians.items()})
+    return statistics.median(benchmark.stats.stats.data), medians
+
+
+def products(subject: Subject) -> dict[str, Work]:
+    """A large matrix product in torch and in this package's way: the faster one is the machine's rate."""
+    x = torch.randn(GEMM_ROWS, GEMM_IN).to(subject.model.dtype)
+    weight = torch.randn(GEMM_OUT, GEMM_IN).to(subject.model.dtype)
+    return {
+        "torch product": lambda: [F.linear(x, weight) for _ in range(GEMM_TIMES)],
+        "own product": lambda: [subject.ops.linear(x, weight, None) for _ in range(GEMM_TIMES)],
+    }
+
+
+def closeness(benchmark: Any, subject: Subject, ours: float, medians: dict[str, float]) -> float:
+    """(operations that must be done / measured rate) / time."""
+    operations = 2 * GEMM_ROWS * GEMM_IN * GEMM_OUT * GEMM_TIMES
+    rate = operations / min(medians["torch product"], medians["own product"])
+    benchmark.extra_info.update(
+        gflop=round(subject.operations() / 1e9, 1), gflop_per_second=round(rate / 1e9, 1)
+    )
+    print(f"\n{subject.operations() / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s, in {ours:.3f} s")
+    return subject.operations() / rate / ours
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_sample(benchmark: Any, gate: Gate, quick: bool, dtype: str) -> None:
+    """Every baseline, on a model of BLIP-VQA-base size."""
+    subject = Subject(blip_base(dtype), samples=1)
+    few = (subject.cells[40],) if quick or dtype == "bfloat16" else (subject.cells[40], subject.cells[115])
+    rows = subject.cells[5 :: 4 if dtype == "float32" else 12]
+    clean = subject.clean_states(rows)
+    ours, others = interleave(
+        benchmark,
+        3 if quick else 7,
+        lambda: subject.trace(subject.ops),
+        {
+            "A": lambda: published_loop(subject.model, subject.pixels, subject.task, few),
+            "image": lambda: hooks.encode_images(subject.model, subject.pixels),
+            "B no cells": lambda: hook_loop(subject.model, subject.task, ()),
+            "B": lambda: hook_loop(subject.model, subject.task, few),
+            "C": lambda: batched_hooks(subject.model, subject.task, rows, clean),
+            "D": lambda: subject.trace(StockOps()),
+            **products(subject),
+        },
+    )
+    cells, once = len(subject.cells), others["image"] + others["B no cells"]
+    seconds = {
+        "published loop (A)": others["A"] * cells / len(few),
+        "hook loop (B)": once + (others["B"] - others["B no cells"]) * cells / len(few),
+        "batched hooks (C)": once + others["C"] * cells / len(rows),
+        "stock torch, forking (D)": others["D"],
+    }
+    found = {f"base {dtype}, 1 sample: {name}": value / ours for name, value in seconds.items()}
+    found[f"base {dtype}, 1 sample: floor closeness"] = closeness(benchmark, subject, ours, others)
+    gate(found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ten_samples(benchmark: Any, gate: Gate, quick: bool, dtype: str) -> None:
+    """Ten samples share the image encoder and the clean run; the published loop repeats all of it."""
+    subject = Subject(blip_base(dtype), samples=10)
+    few = subject.cells[40:41]
+    ours, others = interleave(
+        benchmark,
+        2 if quick else 3,
+        lambda: subject.trace(subject.ops),
+        {
+            "A": lambda: published_loop(subject.model, subject.pixels, subject.task, few),
+            **({} if quick else {"D": lambda: subject.trace(StockOps())}),
+            **products(subject),
+        },
+    )
+    published = 10 * others["A"] * len(subject.cells)
+    found = {f"base {dtype}, 10 samples: published loop (A)": published / ours}
+    if not quick:
+        found[f"base {dtype}, 10 samples: stock torch, forking (D)"] = others["D"] / ours
+    found[f"base {dtype}, 10 samples: floor closeness"] = closeness(benchmark, subject, ours, others)
+    gate(found)
+
+
+def test_shipped_model(benchmark: Any, gate: Gate, quick: bool) -> None:
+    """The small trained model: Python and launches cost more here than products."""
+    subject = Subject(blip_shapes(), samples=1)
+    ours, others = interleave(
+        benchmark,
+        5 if quick else 20,
+        lambda: subject.trace(subject.ops),
+        {
+            "image": lambda: hooks.encode_images(subject.model, subject.pixels),
+            "B": lambda: hook_loop(subject.model, subject.task, subject.cells),
+            "D": lambda: subject.trace(StockOps()),
+        },
+    )
+    hooked = others["image"] + others["B"]
+    gate(
+        {
+            "shipped model, 1 sample: hook loop (B)": hooked / ours,
+            "shipped model, 1 sample: stock torch, forking (D)": others["D"] / ours,
+        }
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory(benchmark: Any, gate: Gate, dtype: str) -> None:
+    """A process of its own that makes the model and traces ten samples: the bound that the issue of memory
+    sets, weights x 1.5 + 500 MB, over what it took."""
+    bound_over_peak = benchmark.pedantic(_bound_over_peak, args=(dtype,), rounds=1)
+    gate({f"base {dtype}, 10 samples: memory bound / peak": bound_over_peak})
+
+
+def _bound_over_peak(dtype: str) -> float:
+    program = (
+        "import resource, sys; from subject import Subject, blip_base;"
+        "subject = Subject(blip_base(sys.argv[1]), samples=10); subject.trace(subject.ops);"
+        "weights = sum(p.nbytes for p in subject.model.parameters());"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
+        "print((1.5 * weights + 500e6) / peak)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, dtype], cwd=sys.path[0], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)

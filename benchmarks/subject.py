@@ -1,0 +1,79 @@
+"""What is traced in the benchmarks: a model, one question, and every cell of its map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import BlipConfig, BlipForQuestionAnswering
+
+from blip_trace import cost, engine, hooks
+from blip_trace.assets import blip_shapes_folder
+from blip_trace.corruption import GaussianNoise, corrupt
+from blip_trace.lowering.blip import lower
+from blip_trace.ops import OpSet, get_ops
+from blip_trace.schedule import plan
+from blip_trace.sites import Cell, grid_cells
+
+TOKENS = 9
+MEMORY = 256 * 2**20
+
+
+def blip_base(dtype: str) -> BlipForQuestionAnswering:
+    """BLIP-VQA-base with random weights (the config's own default of 8 heads is not that model's)."""
+    torch.manual_seed(0)
+    config = BlipConfig(text_config={"num_attention_heads": 12})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))  # weights are never made in another type first
+    try:
+        return BlipForQuestionAnswering(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def blip_shapes() -> BlipForQuestionAnswering:
+    """The trained model that ships."""
+    return BlipForQuestionAnswering.from_pretrained(blip_shapes_folder()).eval()
+
+
+class Subject:
+    """One question of `TOKENS` random tokens about one random image, under noise of `samples` draws."""
+
+    def __init__(self, model: BlipForQuestionAnswering, samples: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        text, side = model.config.text_config, model.config.vision_config.image_size
+        self.model = model
+        self.samples = samples
+        self.ops = get_ops("native")
+        self.program = lower(model)
+        self.pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
+        self.ids = torch.randint(5, text.vocab_size, (TOKENS,), generator=generator)
+        layers = text.num_hidden_layers
+        self.cells: tuple[Cell, ...] = (
+            *grid_cells("text_encoder", "hidden", TOKENS, layers, 1),
+            *grid_cells("text_decoder", "hidden", 1, layers, 1),
+        )
+        self.task = self._task(hooks.encode_images(model, self.pixels)[0])
+
+    def trace(self, ops: OpSet) -> None:
+        """The whole map by the engine, with the image encoded anew."""
+        clean = engine.encode_images(self.program, ops, self.pixels)[0]
+        engine.score(self.program, ops, [self._task(clean)], MEMORY)
+
+    def operations(self) -> int:
+        """What must be done for the map, by formula."""
+        image = engine.image_plan(self.program, 1, len(self.task.clean))
+        shapes = (engine.stack_shape(self.program.question), engine.stack_shape(self.program.answer))
+        text = plan(*shapes, (self.task.job,), states=len(self.task.clean))
+        return cost.image_operations(self.program.image, image) + cost.operations(self.program, text)
+
+    def clean_states(self, cells: tuple[Cell, ...]) -> dict[Cell, Tensor]:
+        """The clean state [C] of each of these one-site cells."""
+        start = torch.tensor([self.model.decoder_start_token_id])
+        sites = {site for cell in cells for site in cell.sites}
+        with hooks.recording(self.model, sites) as states:
+            hooks.answer_logits(self.model, self.task.question_ids, start, self.task.clean[None])
+        return {cell: states[site] for cell in cells for site in cell.sites}
+
+    def _task(self, clean: Tensor) -> engine.Task:
+        corrupted = corrupt(GaussianNoise(samples=self.samples), clean)
+        return engine.Task(self.ids, None, clean, corrupted, self.cells)

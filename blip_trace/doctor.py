@@ -1,0 +1,83 @@
+"""What this installation is and which backends work in it: `blip-trace doctor`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .ops import extension, native_unavailable_reason
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Facts by section: versions, build, processor, backends."""
+    return {
+        "versions": _versions(),
+        "build": _build(),
+        "processor": _processor(),
+        "backends": _backends(),
+    }
+
+
+def print_report(console: Console) -> None:
+    """Print `report()` as a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for section, facts in report().items():
+        for i, (name, fact) in enumerate(facts.items()):
+            table.add_row("" if i else section, name, fact)
+        table.add_section()
+    console.print(table, markup=False)
+
+
+def _versions() -> dict[str, str]:
+    packages = {"blip-trace": "blip_trace", "torch": "torch", "transformers": "transformers"}
+    return {
+        "python": platform.python_version(),
+        **{shown: _version(name) for shown, name in packages.items()},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return str(torch.__version__) if package == "torch" else version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _build() -> dict[str, str]:
+    built = extension()
+    if built is None:
+        return {"extension": "none"}
+    info = built.build_info()
+    return {
+        "extension": f"{info['compiler']}, for torch {info['torch']}",
+        "instruction sets": ", ".join(info["cpu_capabilities"]),
+    }
+
+
+def _processor() -> dict[str, str]:
+    built = extension()
+    facts = {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    if built is not None:
+        native = built.native_bf16_products()
+        facts["instruction set in use"] = built.cpu_capability()
+        facts["bfloat16 products"] = (
+            "native" if native else "through float32: the processor has none of its own"
+        )
+    return facts
+
+
+def _backends() -> dict[str, str]:
+    return {
+        "hooks": "works",
+        "reference": "works",
+        "native (CPU)": native_unavailable_reason() or "works",
+        "native (CUDA)": "not in this version",
+        "triton": "not in this version",
+    }

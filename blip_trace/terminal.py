@@ -1,0 +1,119 @@
+"""A trace in the terminal: maps as coloured numbers, readable without the colours too."""
+
+from __future__ import annotations
+
+import math
+
+from rich.cells import cell_len, set_cell_size
+from rich.color import Color
+from rich.console import Console, Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from .result import TraceResult
+
+HUES = {"vision": (0, 109, 44), "text_encoder": (84, 39, 143), "text_decoder": (165, 15, 21)}
+"""The darkest colour of each stack's maps: those of the heatmaps."""
+MAX_LABEL = 16
+STRONGEST = 5
+
+
+def print_trace(console: Console, result: TraceResult, seconds: float | None = None) -> None:
+    """Print what was asked and answered, every map, and each map's strongest cells.
+
+    seconds: how long the trace took.
+    """
+    console.print(_summary(result, seconds))
+    for stack, kind in result.restored:
+        console.print()
+        # lines of a wide map are not folded: off a terminal they are whole, on a narrow one they are cut
+        console.print(
+            render_map(result, stack, kind), no_wrap=True, overflow="ignore", crop=console.is_terminal
+        )
+        console.print(strongest_cells(result, stack, kind))
+
+
+def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
+    samples = len(result.low_scores)
+    spread = f" ± {float(result.low_scores.std()):.2g}" if samples > 1 else ""
+    many = "s" if samples > 1 else ""
+    rows = [
+        ("question", printable(result.question)),
+        ("answer", printable(result.answer)),
+        ("clean", f"P(answer) = {result.high_score:.4g}"),
+        ("corrupted", f"P(answer) = {result.low_score:.4g}{spread} over {samples} sample{many}"),
+    ]
+    if seconds is not None:
+        how = "{backend}, {dtype}, threads: {threads}".format_map(result.settings)
+        rows.append(("traced", f"in {seconds:.2f} s ({how})"))
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    if not result.total_effect_vanishes:
+        return table
+    warning = "The total effect vanishes: the corruption leaves this answer as it is, the maps show nothing."
+    return Group(table, Text(warning, style="bold red"))
+
+
+def render_map(result: TraceResult, stack: str, kind: str) -> Text:
+    """One map: a row for each token, a column for each layer; hundredths of P(answer), or of a power of ten
+    where all of them are small."""
+    grid = result.grid(stack, kind)
+    peak = max(float(grid.max()), result.high_score)
+    exponent = 0 if peak >= 0.1 else max(-30, math.floor(math.log10(max(peak, 1e-30)))) + 1
+    unit = f", in units of 1e{exponent}" if exponent else ""
+    low = result.low_score
+    reach = max(float(grid.max()), low + abs(result.total_effect) / 4, low + 1e-6) - low
+
+    labels = [printable(label) for label in result.tokens(stack)]
+    label_width = min(MAX_LABEL, max(map(cell_len, labels)))
+    text = Text()
+    text.append(f"{stack}, {kind}", style="bold")
+    text.append(f": P(answer) with that state restored{unit}\n")
+    text.append(" " * (label_width + 1))
+    for layer in range(grid.shape[1]):
+        text.append(f"{layer:>4}  ", style="dim")
+    for label, row in zip(labels, grid.tolist(), strict=True):
+        text.append("\n" + " " * max(0, label_width - cell_len(label)))
+        text.append(set_cell_size(label, min(label_width, cell_len(label))) + " ")
+        for p in row:
+            text.append(f" {p / 10.0**exponent:.2f} ", style=_shade(stack, (p - low) / reach))
+    return text
+
+
+def _shade(stack: str, share: float) -> Style:
+    """White to the stack's colour; the numbers stay readable on it."""
+    share = min(1.0, max(0.0, share))
+    r, g, b = (round(255 + (dark - 255) * share) for dark in HUES[stack])
+    ink = "black" if 0.299 * r + 0.587 * g + 0.114 * b > 140 else "white"
+    return Style(color=ink, bgcolor=Color.from_rgb(r, g, b))
+
+
+def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STRONGEST) -> Table:
+    """The cells of a map that bring back most of the answer."""
+    grid = result.grid(stack, kind)  # [tokens, layers]
+    shares = result.normalized(stack, kind)
+    labels = result.tokens(stack)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("strongest")
+    table.add_column("layer", justify="right")
+    table.add_column("P(answer)", justify="right")
+    table.add_column("of the total effect", justify="right")
+    for cell in grid.flatten().argsort(descending=True)[:count].tolist():
+        token, layer = divmod(cell, grid.shape[1])
+        share = float(shares[token, layer])
+        table.add_row(
+            Text(f"{printable(labels[token])} ({token})"),
+            str(layer),
+            f"{float(grid[token, layer]):.4g}",
+            "-" if math.isnan(share) else f"{100 * share:.0f} %",
+        )
+    return table
+
+
+def printable(text: str) -> str:
+    """Without line breaks and control characters: words of a model's vocabulary are not to be trusted."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,142 @@
+// The kernels of the CPU backend: plain pointers and sizes, no torch. Every instruction set has its own
+// build of all of them (kernels_<name>.cpp), and `kernels()` gives the one chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+namespace blip_trace::cpu {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+
+// What ends a sublayer: sum[i] = residual[residual_rows[i]] + update[update_rows[i]] + bias, and its
+// LayerNorm. `In` is the type of the matrix product, `Out` that of weights and results.
+template <class In, class Out>
+struct AddNorm {
+  const In* update;                   // [rows of the batch before, cols]
+  const Out* bias;                    // [cols] or null
+  const Out* residual;                // [rows, cols]
+  const std::int32_t* residual_rows;  // null: row i
+  const std::int32_t* update_rows;    // null: row i
+  const Out* norm_weight;
+  const Out* norm_bias;
+  float eps;
+  std::int64_t cols;
+  Out* normed;  // [rows that go on, cols]
+  Out* sum;     // likewise, or null
+};
+
+// Passes over the rows of a matrix product.
+template <class In, class Out>
+struct RowKernels {
+  // y = x + bias; a null bias is none. x and y may be the same.
+  void (*add_bias)(const In* x, const Out* bias, Out* y, std::int64_t rows, std::int64_t cols);
+  // y = GELU(x + bias). Likewise.
+  void (*add_bias_gelu)(const In* x, const Out* bias, Out* y, std::int64_t rows, std::int64_t cols);
+  // Rows [begin, end) of the result; scratch [cols].
+  void (*add_norm)(const AddNorm<In, Out>& args, std::int64_t begin, std::int64_t end, float* scratch);
+  // Adds columns x [cols] + bias to a row's running maximum and sum of exponentials.
+  void (*log_sum_exp)(const In* x, const Out* bias, std::int64_t cols, float* max, float* sum);
+};
+
+// The right-hand side of a product: K x N floats in panels of `panel_width()` columns, each panel a
+// contiguous [K, width] (the last one rounded up to whole vectors with zeros).
+struct Panels {
+  const float* data;
+  std::int64_t k;
+  std::int64_t n;
+};
+
+// Conversions to float.
+template <class T>
+struct PackKernels {
+  // source [k, n] or, transposed, [n, k]; `stride` is that between its rows.
+  void (*pack)(const T* source, std::int64_t stride, std::int64_t k, std::int64_t n, float* packed);
+  void (*pack_transposed)(const T* source, std::int64_t stride, std::int64_t k, std::int64_t n, float* packed);
+  void (*widen)(const T* from, float* to, std::int64_t count);
+};
+
+// T: type of the query and of the result.
+template <class T>
+struct AttentionKernels {
+  // out [n, d_v] = softmax(scale * query keys) values, for n <= query_block() rows. keys: Panels [d, m],
+  // values: Panels [m, d_v]. Row i sees the first `visible + i` keys (all m, if that is more).
+  void (*attend)(const T* query, std::int64_t query_stride, std::int64_t n, const Panels& keys,
+                 const Panels& values, float scale, std::int64_t visible, T* out, std::int64_t out_stride,
+                 float* scratch);
+};
+
+template <class A, class C>
+struct ProductKernels {
+  // c [m, right.n] = a [m, right.k] times right; scratch: see `product_scratch`.
+  void (*multiply)(const A* a, std::int64_t a_stride, std::int64_t m, const Panels& right, C* c,
+                   std::int64_t c_stride, float* scratch);
+};
+
+struct Kernels {
+  const char* name;
+  std::int64_t width;  // floats in a vector
+  RowKernels<float, float> rows_f32;
+  RowKernels<float, bf16> rows_f32_bf16;
+  RowKernels<bf16, bf16> rows_bf16;
+  PackKernels<float> pack_f32;
+  PackKernels<bf16> pack_bf16;
+  AttentionKernels<float> attention_f32;
+  AttentionKernels<bf16> attention_bf16;
+  ProductKernels<float, float> product_f32;
+  ProductKernels<bf16, float> product_bf16_f32;
+  ProductKernels<float, bf16> product_f32_bf16;
+
+  // The members above by type.
+  template <class In, class Out>
+  const RowKernels<In, Out>& rows() const;
+  template <class T>
+  const PackKernels<T>& pack() const;
+  template <class T>
+  const AttentionKernels<T>& attention() const;
+  template <class A, class C>
+  const ProductKernels<A, C>& product() const;
+
+  std::int64_t padded(std::int64_t n) const { return (n + width - 1) / width * width; }
+  std::int64_t packed_size(std::int64_t k, std::int64_t n) const { return k * padded(n); }
+  std::int64_t attention_scratch(std::int64_t n, std::int64_t d, std::int64_t m, std::int64_t d_v) const {
+    return n * (padded(d) + padded(m) + padded(d_v) + 1);
+  }
+  std::int64_t product_scratch(std::int64_t m, std::int64_t k, std::int64_t n) const {
+    return m * (padded(k) + padded(n));
+  }
+};
+
+template <>
+inline const RowKernels<float, float>& Kernels::rows() const { return rows_f32; }
+template <>
+inline const RowKernels<float, bf16>& Kernels::rows() const { return rows_f32_bf16; }
+template <>
+inline const RowKernels<bf16, bf16>& Kernels::rows() const { return rows_bf16; }
+template <>
+inline const PackKernels<float>& Kernels::pack() const { return pack_f32; }
+template <>
+inline const PackKernels<bf16>& Kernels::pack() const { return pack_bf16; }
+template <>
+inline const AttentionKernels<float>& Kernels::attention() const { return attention_f32; }
+template <>
+inline const AttentionKernels<bf16>& Kernels::attention() const { return attention_bf16; }
+template <>
+inline const ProductKernels<float, float>& Kernels::product() const { return product_f32; }
+template <>
+inline const ProductKernels<bf16, float>& Kernels::product() const { return product_bf16_f32; }
+template <>
+inline const ProductKernels<float, bf16>& Kernels::product() const { return product_f32_bf16; }
+
+namespace isa_default {
+const Kernels& table();
+}
+namespace isa_avx2 {
+const Kernels& table();
+}
+namespace isa_avx512 {
+const Kernels& table();
+}
+
+}  // namespace blip_trace::cpu

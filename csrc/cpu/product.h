@@ -1,0 +1,143 @@
+// Small matrix products on a right-hand side packed in panels: the inner part of attention, and the
+// products per head that are too small and too many for a BLAS call each.
+#pragma once
+
+#include "vec.h"
+
+namespace blip_trace::cpu::BLIP_TRACE_ISA {
+
+constexpr int64_t panel_vectors = BLIP_TRACE_PANEL_VECTORS;
+constexpr int64_t panel_width = panel_vectors * width;
+constexpr int64_t tile_rows = 6;
+// A panel's part that is worked on stays in the first-level cache.
+constexpr int64_t depth_step = 96;
+
+BLIP_TRACE_INLINE int64_t panel_columns(int64_t n, int64_t first) {
+  return min_of(panel_width, round_up(n - first, width));
+}
+
+template <class T>
+static void pack(const T* source, int64_t stride, int64_t k, int64_t n, float* packed) {
+  for (int64_t first = 0; first < n; first += panel_width) {
+    const int64_t columns = panel_columns(n, first);
+    for (int64_t i = 0; i < k; ++i, packed += columns) {
+      const T* row = source + i * stride + first;
+      for (int64_t j = 0; j < columns; j += width) {
+        const int64_t rest = n - first - j;
+        store(packed + j, rest >= width ? load(row + j) : load_part(row + j, rest));
+      }
+    }
+  }
+}
+
+template <class T>
+static void pack_transposed(const T* source, int64_t stride, int64_t k, int64_t n, float* packed) {
+  for (int64_t first = 0; first < n; first += panel_width) {
+    const int64_t columns = panel_columns(n, first);
+    const int64_t present = min_of(columns, n - first);
+    for (int64_t j = 0; j < present; ++j) {
+      const T* row = source + (first + j) * stride;
+      for (int64_t i = 0; i < k; ++i) packed[i * columns + j] = load_scalar(row + i);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = present; j < columns; ++j) packed[i * columns + j] = 0.0f;
+    }
+    packed += k * columns;
+  }
+}
+
+// c [rows, vectors * width] (+)= a [rows, k] times a panel [k, vectors * width].
+template <int rows, int vectors>
+static void tile(const float* a, int64_t a_stride, int64_t k, const float* panel, float* c, int64_t c_stride,
+                 bool add) {
+  Vec acc[rows][vectors];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) acc[i][j] = add ? load(c + i * c_stride + j * width) : Vec{};
+  }
+  for (int64_t at = 0; at < k; ++at, panel += vectors * width) {
+    Vec b[vectors];
+    for (int j = 0; j < vectors; ++j) b[j] = load(panel + j * width);
+    for (int i = 0; i < rows; ++i) {
+      const Vec x = splat(a[i * a_stride + at]);
+      for (int j = 0; j < vectors; ++j) acc[i][j] += x * b[j];
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < vectors; ++j) store(c + i * c_stride + j * width, acc[i][j]);
+  }
+}
+
+using Tile = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
+
+template <int vectors>
+BLIP_TRACE_INLINE Tile tile_of(int64_t rows) {
+  constexpr Tile tiles[] = {tile<1, vectors>, tile<2, vectors>, tile<3, vectors>,
+                            tile<4, vectors>, tile<5, vectors>, tile<6, vectors>};
+  return tiles[rows - 1];
+}
+
+BLIP_TRACE_INLINE Tile tile_of(int64_t rows, int64_t vectors) {
+  switch (vectors) {
+    case 1: return tile_of<1>(rows);
+    case 2: return tile_of<2>(rows);
+#if BLIP_TRACE_PANEL_VECTORS > 2
+    case 3: return tile_of<3>(rows);
+    default: return tile_of<4>(rows);
+#else
+    default: return tile_of<2>(rows);
+#endif
+  }
+}
+
+// c [m, n rounded up to whole vectors] = a [m, k] times the first k rows and n columns of `right`.
+static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int64_t n, const Panels& right,
+                    float* c, int64_t c_stride) {
+  for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_step) {
+    const int64_t steps = min_of(depth_step, k - depth);
+    for (int64_t first = 0; first < n; first += panel_width) {
+      const int64_t columns = panel_columns(right.n, first);
+      const float* panel = right.data + first * right.k + depth * columns;
+      for (int64_t row = 0; row < m; row += tile_rows) {
+        tile_of(min_of(tile_rows, m - row), columns / width)(a + row * a_stride + depth, a_stride, steps, panel,
+                                                             c + row * c_stride + first, c_stride, depth != 0);
+      }
+    }
+  }
+}
+
+// to [rows, cols rounded up] = scale * from [rows, cols], zeros behind each row.
+template <class T>
+static void copy_scaled(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float scale, float* to,
+                        int64_t to_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; c += width) {
+      const T* p = from + r * from_stride + c;
+      store(to + r * to_stride + c, (cols - c >= width ? load(p) : load_part(p, cols - c)) * scale);
+    }
+  }
+}
+
+template <class T>
+BLIP_TRACE_INLINE void copy_row(const float* from, float scale, T* to, int64_t cols) {
+  for (int64_t c = 0; c < cols; c += width) {
+    const Vec v = load(from + c) * scale;
+    if (cols - c >= width) {
+      store(to + c, v);
+    } else {
+      store_part(to + c, v, cols - c);
+    }
+  }
+}
+
+template <class A, class C>
+static void multiply(const A* a, int64_t a_stride, int64_t m, const Panels& right, C* c, int64_t c_stride,
+                     float* scratch) {
+  const int64_t left_stride = round_up(right.k, width), out_stride = round_up(right.n, width);
+  float* left = scratch;
+  float* out = left + m * left_stride;
+  copy_scaled(a, a_stride, m, right.k, 1.0f, left, left_stride);
+  product(left, left_stride, m, right.k, right.n, right, out, out_stride);
+  for (int64_t r = 0; r < m; ++r) copy_row(out + r * out_stride, 1.0f, c + r * c_stride, right.n);
+}
+
+}  // namespace blip_trace::cpu::BLIP_TRACE_ISA

@@ -1,0 +1,228 @@
+"""The engine gives the numbers of the unmodified Hugging Face model under hooks, on a trained model.
+
+On fresh random weights all cells of a map agree to seven digits and nothing here could fail: every comparison
+first asserts that the maps' spread is a hundred times the tolerance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip_trace import GaussianNoise, Tracer, TraceResult
+from blip_trace.assets import blip_shapes_folder
+from blip_trace.scenes import Question, questions, random_scene
+from blip_trace.sites import KINDS
+
+STACKS = ("text_encoder", "text_decoder")
+TOLERANCE = 1e-5  # the Hugging Face model's own float32 error against float64 was seen to reach 3e-6
+ENGINES = ("native", "reference")
+
+
+@cache
+def tracer(backend: str, dtype: str = "float32") -> Tracer:
+    if dtype == "float64":
+        single = tracer("hooks")
+        model = type(single.model).from_pretrained(blip_shapes_folder(), dtype=torch.float64)
+        return Tracer(model, single.processor, backend)
+    return Tracer.from_pretrained(blip_shapes_folder(), dtype=dtype, backend=backend)
+
+
+SCENE = random_scene(Random(3))
+IMAGE = SCENE.render(64)
+
+
+def ask(kind: str) -> Question:
+    """A question of this type about the scene."""
+    asked = questions(SCENE, Random(3))
+    return next(question for question in asked if question.type == kind)
+
+
+def color_ids(length: int) -> Tensor:
+    """The colour question cut or repeated to a number of tokens, [1, length]."""
+    ids = tracer("hooks").processor.tokenizer(ask("color").text).input_ids
+    return torch.tensor([(ids[:-1] * length)[: length - 1] + ids[-1:]])
+
+
+@cache
+def traced(
+    backend: str,
+    dtype: str = "float32",
+    window: int = 1,
+    samples: int = 3,
+    kind: str = "color",
+    scored: bool = False,
+    length: int | None = None,
+    kinds: tuple[str, ...] = tuple(KINDS),
+    memory: int = 2**28,
+) -> TraceResult:
+    made = tracer(backend, dtype)
+    made.memory = memory
+    question: str | Tensor = ask(kind).text if length is None else color_ids(length)
+    return made.trace(
+        IMAGE,
+        question,
+        ask(kind).answer if scored else None,
+        corruption=GaussianNoise(samples=samples),
+        stacks=STACKS,
+        kinds=kinds,
+        window=window,
+    )
+
+
+def first_samples(result: TraceResult, samples: int) -> TraceResult:
+    """The same trace of fewer samples."""
+    return replace(
+        result,
+        restored={name: cells[:samples] for name, cells in result.restored.items()},
+        low_scores=result.low_scores[:samples],
+    )
+
+
+def largest_difference(one: TraceResult, other: TraceResult) -> float:
+    assert one.restored.keys() == other.restored.keys()
+    assert one.answer_ids == other.answer_ids
+    scores = [abs(one.high_score - other.high_score), *(one.low_scores - other.low_scores).abs().tolist()]
+    return max(scores + [(one.restored[name] - other.restored[name]).abs().max().item() for name in one.restored])
+
+
+def assert_agree(ours: TraceResult, truth: TraceResult, tolerance: float) -> None:
+    """The maps differ by at most `tolerance`, and could not do so by accident."""
+    for stack in STACKS:
+        cells = torch.cat([cells.flatten() for (owner, _), cells in truth.restored.items() if owner == stack])
+        assert cells.max() - cells.min() >= max(100 * tolerance, 1e-3)
+    assert largest_difference(ours, truth) <= tolerance
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("window", [1, 3, 10])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_every_stack_and_kind(backend: str, window: int, samples: int) -> None:
+    # a draw is the same however many are drawn, so three of the slow runs serve both cases
+    truth = first_samples(traced("hooks", window=window), samples)
+    assert_agree(traced(backend, window=window, samples=samples), truth, TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_answers_of_several_tokens(backend: str) -> None:
+    truth = traced("hooks", kind="position", scored=True)
+    assert len(truth.answer_ids) > 1
+    assert truth.grid("text_decoder", "hidden").shape[0] == len(truth.answer_ids)
+    assert_agree(traced(backend, kind="position", scored=True), truth, TOLERANCE)
+
+
+@pytest.mark.parametrize("length", [3, 4, 7, 13, 20])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_questions_of_any_length(backend: str, length: int) -> None:
+    truth = traced("hooks", length=length, kinds=("hidden", "cross_attn"))
+    assert_agree(traced(backend, length=length, kinds=("hidden", "cross_attn")), truth, TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_bfloat16_errs_no_more_than_twice_what_the_model_itself_does(backend: str) -> None:
+    truth, theirs, ours = (
+        traced(name, dtype, kinds=("hidden", "cross_attn"))
+        for name, dtype in (("hooks", "float32"), ("hooks", "bfloat16"), (backend, "bfloat16"))
+    )
+    spread = max(float(cells.max() - cells.min()) for cells in truth.restored.values())
+    allowed = 2 * largest_difference(theirs, truth)
+    assert allowed < spread / 2
+    assert largest_difference(ours, truth) <= allowed
+
+
+def test_float64_agrees_to_rounding() -> None:
+    # the public maps are float32: compare what the engines return
+    results = []
+    for backend in ("hooks", "reference"):
+        scores = []
+        own = tracer(backend, "float64")
+        own._score, score = (lambda tasks, progress: scores.extend(score(tasks, progress)) or scores), own._score
+        own.trace(IMAGE, ask("color").text, corruption=GaussianNoise(samples=2), kinds=tuple(KINDS))
+        results.append(scores[0].restored.exp())
+    truth, ours = results
+    assert truth.dtype == torch.float64
+    assert truth.max() - truth.min() >= 1e-3
+    assert (ours - truth).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_packed_batch_gives_the_numbers_of_one_question_at_a_time(backend: str) -> None:
+    other = random_scene(Random(4)).render(64)
+    pairs = [(IMAGE, ask("color").text), (other, ask("position").text), (IMAGE, color_ids(17))]
+    noise = GaussianNoise(samples=2)
+    together = tracer(backend).trace_batch(pairs, corruption=noise)
+    for pair, packed in zip(pairs, together, strict=True):
+        assert_agree(packed, tracer("hooks").trace(*pair, corruption=noise), TOLERANCE)
+
+
+def test_padding_changes_nothing() -> None:
+    ids = color_ids(9)
+    padded = torch.cat((ids, torch.zeros(1, 6, dtype=ids.dtype)), dim=1)
+    noise = GaussianNoise(samples=2)
+    alone, with_padding = (tracer("native").trace(IMAGE, q, corruption=noise) for q in (ids, padded))
+    assert with_padding.tokens("text_encoder") == alone.tokens("text_encoder")
+    assert largest_difference(alone, with_padding) == 0
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_memory_budget_splits_the_pass_and_keeps_the_numbers(backend: str) -> None:
+    whole, split = traced(backend), traced(backend, memory=2**20)
+    assert largest_difference(whole, split) <= TOLERANCE / 2
+
+
+def test_thread_count_keeps_the_numbers() -> None:
+    threads = torch.get_num_threads()
+    noise = GaussianNoise(samples=2)
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(tracer("native").trace(IMAGE, ask("color").text, corruption=noise))
+    finally:
+        torch.set_num_threads(threads)
+    assert largest_difference(*results) <= TOLERANCE / 2
+
+
+def test_a_map_is_reproducible_bit_for_bit() -> None:
+    noise = GaussianNoise(samples=2, seed=5)
+    once, again = (tracer("native").trace(IMAGE, ask("color").text, corruption=noise) for _ in range(2))
+    assert largest_difference(once, again) == 0
+
+
+class TestKnownCells:
+    """Cells whose value follows from the architecture."""
+
+    @pytest.fixture(params=("hooks", *ENGINES))
+    def result(self, request: pytest.FixtureRequest) -> TraceResult:
+        return traced(request.param)
+
+    def test_after_cross_attention_equals_hidden(self, result: TraceResult) -> None:
+        # the MLP works token by token on top of that state
+        for stack in STACKS:
+            after = result.samples(stack, "hidden_after_cross_attn")
+            assert (after - result.samples(stack, "hidden")).abs().max() <= TOLERANCE
+
+    def test_before_the_image_enters_nothing_is_corrupted(self, result: TraceResult) -> None:
+        for kind in ("hidden_after_self_attn", "self_attn"):
+            first = result.samples("text_encoder", kind)[:, :, 0]
+            assert (first - result.low_scores[:, None]).abs().max() <= TOLERANCE / 10
+
+    def test_the_last_decoder_state_is_the_clean_answer(self, result: TraceResult) -> None:
+        last = result.samples("text_decoder", "hidden")[:, -1, -1]
+        assert (last - result.high_score).abs().max() <= TOLERANCE / 10
+
+
+@pytest.mark.parametrize("backend", ("hooks", *ENGINES))
+def test_restoring_a_run_s_own_state_changes_nothing(backend: str) -> None:
+    def identity(embeddings: Tensor) -> Tensor:
+        return embeddings[None].clone()
+
+    result = tracer(backend).trace(IMAGE, ask("color").text, corruption=identity, kinds=tuple(KINDS))
+    assert result.low_score == pytest.approx(result.high_score, abs=TOLERANCE / 10)
+    for cells in result.restored.values():
+        assert (cells - result.high_score).abs().max() <= TOLERANCE / 10

@@ -1,0 +1,83 @@
+"""The schedule: runs share rows until they can differ, and a plan is a pure function of shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from blip_trace.schedule import Job, StackShape, plan
+from blip_trace.sites import KINDS, Cell, Site, grid_cells, window_layers
+
+LAYERS = 3
+STEPS = tuple((layer, name) for layer in range(LAYERS) for name in ("self_attn", "cross_attn", "mlp"))
+QUESTION, ANSWER = StackShape("text_encoder", STEPS), StackShape("text_decoder", STEPS)
+
+
+def rows(stack: str, kind: str, tokens: int = 4, samples: int = 1, window: int = 1) -> list[int]:
+    """Rows of the question stack's batch at every step."""
+    cells = tuple(grid_cells(stack, kind, tokens if stack == "text_encoder" else 1, LAYERS, window))
+    job = Job(tokens, 1, samples, cells)
+    return [step.rows for step in plan(QUESTION, ANSWER, (job,), 7).question.steps]
+
+
+def test_a_run_costs_nothing_before_it_forks() -> None:
+    # one run until the image enters; clean and corrupted then; four tokens' runs more after each layer
+    assert rows("text_encoder", "hidden") == [4, 8, 8] + [8 + 16] * 3 + [8 + 32] * 3
+
+
+def test_runs_fork_at_the_sublayer_that_they_restore() -> None:
+    assert rows("text_encoder", "cross_attn") == [4, 8, 8 + 16] + [8 + 16, 8 + 16, 8 + 32] + [8 + 32, 8 + 32, 56]
+
+
+def test_samples_share_the_clean_run() -> None:
+    assert rows("text_encoder", "hidden", samples=3)[-1] == 4 * (1 + 3 * (1 + 8))
+
+
+def test_restoring_what_is_clean_already_makes_no_run() -> None:
+    # no image has entered before the first cross-attention
+    assert rows("text_encoder", "hidden_after_self_attn")[:3] == [4, 8, 8]
+
+
+def test_decoder_cells_do_not_exist_in_the_question_stack() -> None:
+    assert rows("text_decoder", "hidden") == [4, 8, 8, 8, 8, 8, 8, 8, 8]
+
+
+def test_equal_cells_are_computed_once() -> None:
+    cell = Cell.of([Site("text_encoder", 1, "hidden", 2)])
+    once, twice = (plan(QUESTION, ANSWER, (Job(4, 1, 1, (cell,) * n),), 7) for n in (1, 2))
+    assert once.question.rows == twice.question.rows
+    assert twice.first_answer_row[2] == twice.first_answer_row[3]
+
+
+def test_a_whole_window_is_one_run() -> None:
+    assert rows("text_encoder", "hidden", window=10)[-1] == 8 + 16  # all layers of a token: one cell
+
+
+def test_a_restored_row_is_read_from_the_clean_run() -> None:
+    cell = Cell.of([Site("text_encoder", 1, "mlp", 2)])
+    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (cell,)),), 7).question.steps[5]
+    assert step.residual_rows is not None and step.update_rows is not None
+    assert step.residual_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert step.update_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 2, 7]
+
+
+def test_every_question_reads_its_own_image() -> None:
+    cells = tuple(grid_cells("text_encoder", "hidden", 2, LAYERS, 1))
+    made = plan(QUESTION, ANSWER, (Job(2, 1, 2, cells), Job(5, 1, 2, cells)), 7)
+    step = made.question.steps[-2]
+    assert step.query_starts is not None and step.state_starts is not None
+    assert step.state_starts.tolist() == [7 * n for n in range(7)]
+    assert np.diff(step.query_starts.tolist()).tolist() == [2, 10, 10, 5, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("layer", "window", "expected"),
+    [(0, 1, [0]), (5, 1, [5]), (0, 3, [0, 1]), (5, 3, [4, 5, 6]), (11, 3, [10, 11]), (5, 10, list(range(10)))],
+)
+def test_windows_follow_the_rule_of_rome(layer: int, window: int, expected: list[int]) -> None:
+    assert list(window_layers(layer, window, 12)) == expected
+
+
+def test_every_kind_names_a_sublayer_and_a_place() -> None:
+    assert {kind.place for kind in KINDS.values()} == {"update", "stream"}
+    assert {kind.sublayer for kind in KINDS.values()} == {"self_attn", "cross_attn", "mlp"}
