@@ -16,10 +16,14 @@ from blip_trace.sites import Cell
 
 
 @torch.inference_mode()
-def published_loop(model: BlipForQuestionAnswering, pixels: Tensor, task: Task, cells: Sequence[Cell]) -> None:
-    """(A) The loop of the BLIP causal-tracing tool (Palit et al. 2023): for every cell the image is encoded
-    twice, then a batch of two, clean and corrupted, goes through the text stacks, with hooks that put the clean
-    row's state into the corrupted row."""
+def published_loop(
+    model: BlipForQuestionAnswering, pixels: Tensor, task: Task, cells: Sequence[Cell]
+) -> None:
+    """(A) The loop of the BLIP causal-tracing tool (Palit et al. 2023).
+
+    For every cell the image is encoded twice, then a batch of two, clean and corrupted, goes through the text
+    stacks, with hooks that put the clean row's state into the corrupted row.
+    """
     decoder_ids = torch.tensor([model.decoder_start_token_id])
     for cell in cells:
         clean = hooks.encode_images(model, pixels)
@@ -49,8 +53,11 @@ def hook_loop(model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell]
 def batched_hooks(
     model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell], clean: dict[Cell, Tensor]
 ) -> Tensor:
-    """(C) Hooks with these cells as the rows of one batch, each row restored at its own site; the image is
-    encoded once, its keys and values are projected for every row. `clean`: the state of each one-site cell."""
+    """(C) Hooks with these cells as the rows of one batch, each row restored at its own site.
+
+    The image is encoded once, its keys and values are projected for every row. `clean`: the state of each
+    one-site cell.
+    """
     decoder_ids = torch.tensor([model.decoder_start_token_id])
     edits: dict[torch.nn.Module, hooks.Edit] = {}
     rows_of: dict[torch.nn.Module, list[tuple[int, Cell]]] = {}

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip_trace import cost, engine, hooks
-from blip_trace.assets import blip_shapes_folder
 from blip_trace.corruption import GaussianNoise, corrupt
 from blip_trace.lowering.blip import lower
+from blip_trace.lowering.load import shipped_model
 from blip_trace.ops import OpSet, get_ops
 from blip_trace.schedule import plan
 from blip_trace.sites import Cell, grid_cells
@@ -32,7 +32,7 @@ def blip_base(dtype: str) -> BlipForQuestionAnswering:
 
 def blip_shapes() -> BlipForQuestionAnswering:
     """The trained model that ships."""
-    return BlipForQuestionAnswering.from_pretrained(blip_shapes_folder()).eval()
+    return BlipForQuestionAnswering.from_pretrained(shipped_model()).eval()
 
 
 class Subject:

@@ -1,16 +1,52 @@
-"""Causal tracing of BLIP: the whole map of layers x tokens in one forward pass whose batch grows as runs fork."""
+"""Causal tracing of BLIP: the whole map of layers x tokens in one pass whose batch grows as runs fork."""
 
+from __future__ import annotations
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .corruption import GaussianNoise
+    from .lowering.load import shipped_model
+    from .ops import BackendUnavailableError
+    from .result import TraceResult
+    from .sites import Cell, Site
+    from .tracer import Tracer
+
+__all__ = [
+    "BackendUnavailableError",
+    "Cell",
+    "GaussianNoise",
+    "Site",
+    "TraceResult",
+    "Tracer",
+    "__version__",
+    "shipped_model",
+]
 
 try:
     __version__ = version("blip-trace")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+unknown"
 
-from .corruption import GaussianNoise
-from .ops import BackendUnavailableError
-from .result import TraceResult
-from .sites import Cell, Site
-from .tracer import Tracer
+# Imported when first asked for: torch and transformers take seconds, and `--help` needs neither.
+_HOMES = {
+    "BackendUnavailableError": "ops",
+    "Cell": "sites",
+    "GaussianNoise": "corruption",
+    "Site": "sites",
+    "TraceResult": "result",
+    "Tracer": "tracer",
+    "shipped_model": "lowering.load",
+}
 
-__all__ = ["BackendUnavailableError", "Cell", "GaussianNoise", "Site", "TraceResult", "Tracer", "__version__"]
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -222,6 +222,8 @@ def _one_sentence_errors(console: Console) -> Iterator[None]:
 def _staging(out: Path) -> Iterator[Path]:
     """A folder inside `out` for files that are not whole yet: made before any work, so that a folder that
     cannot be written is found out at once; gone afterwards, and so is `out` if nothing came into it."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file, not a folder to write into")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -60,8 +60,8 @@ def corrupt(corruption: Corruption, embeddings: Tensor) -> Tensor:
                         f"{embeddings.shape[1]}], not {type(corrupted).__name__}")  # fmt: skip
     if corrupted.dim() != 3 or corrupted.shape[1:] != embeddings.shape or corrupted.shape[0] == 0:
         raise ValueError(
-            f"a corruption must return [samples, {embeddings.shape[0]}, {embeddings.shape[1]}] for embeddings "
-            f"{list(embeddings.shape)}, not {list(corrupted.shape)}"
+            f"a corruption must return [samples, {embeddings.shape[0]}, {embeddings.shape[1]}], "
+            f"not {list(corrupted.shape)}"
         )
     if not bool(torch.isfinite(corrupted).all()):
         raise ValueError("the corruption made NaN or infinite embeddings")

@@ -48,7 +48,9 @@ def text_row_bytes(stack: Stack) -> int:
                 own = qkv.weight.shape[0] + 3 * stack.width
             case CrossAttention(key_value=key_value, heads=heads):
                 # an absorbed query and its weighted sum hold one state's width for every head
-                own = 4 * stack.width + (2 * heads * key_value.shape[1] if stack.attends_to != "vision" else 0)
+                own = 4 * stack.width + (
+                    2 * heads * key_value.shape[1] if stack.attends_to != "vision" else 0
+                )
             case Mlp(up=up):
                 own = up.weight.shape[0] + 3 * stack.width
         elements = max(elements, own)
@@ -66,7 +68,8 @@ def _sublayer_operations(sublayer: Sublayer, step: Step) -> int:
             core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
             return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
         case CrossAttention(query=query, key_value=key_value, out=out, heads=heads):
-            assert step.query_starts is not None and step.state_starts is not None
+            assert step.query_starts is not None
+            assert step.state_starts is not None
             queries = step.query_starts.diff().long()
             states = step.state_starts.diff().long()
             width, source = query.weight.shape[0], key_value.shape[1]

@@ -56,7 +56,9 @@ def encode_images(program: Program, ops: OpSet, pixels: Tensor) -> Tensor:
     stack = program.image
     embedded = _embed_patches(stack, pixels)  # [B, N, D]
     images, tokens, width = embedded.shape
-    states = _run_stack(stack, image_plan(program, images, tokens), ops, embedded.view(-1, width), None, _ignore)
+    states = _run_stack(
+        stack, image_plan(program, images, tokens), ops, embedded.view(-1, width), None, _ignore
+    )
     return states.view(images, tokens, width)
 
 
@@ -119,7 +121,9 @@ def _run(
         answer = task.answer_ids
         if answer is None:
             clean = hidden[first_row[first]][None]
-            answer = (F.linear(clean, head.decoder.weight).float() + head.decoder.bias.float()).argmax(1).cpu()
+            answer = (
+                (F.linear(clean, head.decoder.weight).float() + head.decoder.bias.float()).argmax(1).cpu()
+            )
         rows.append(first_row[first : first + runs, None] + torch.arange(len(answer)))  # [runs, A]
         tokens[rows[-1]] = answer
         answers.append(answer)
@@ -179,7 +183,9 @@ def _inner(ops: OpSet, sublayer: Sublayer, step: Step, x: Tensor, states: Tensor
                 return ops.linear(x, qkv.weight[-x.shape[1] :], None)
             return ops.self_attention(ops.linear(x, qkv.weight, qkv.bias), step.starts, heads, causal)
         case CrossAttention(query=query, key_value=key_value, heads=heads):
-            assert states is not None and step.query_starts is not None and step.state_starts is not None
+            assert states is not None
+            assert step.query_starts is not None
+            assert step.state_starts is not None
             key, value = key_value.chunk(2)
             q = ops.linear(x, query.weight, query.bias)
             return ops.cross_attention(q, states, key, value, step.query_starts, step.state_starts, heads)
@@ -229,7 +235,8 @@ def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[li
     for number, task in enumerate(tasks):
         job = task.job
         run_bytes = max(
-            job.question * cost.text_row_bytes(program.question), job.answer * cost.text_row_bytes(program.answer)
+            job.question * cost.text_row_bytes(program.question),
+            job.answer * cost.text_row_bytes(program.answer),
         )
         for part in _split(task, max(2, memory // run_bytes)):
             needed = run_bytes * (1 + len(part.corrupted) * (1 + len(part.cells)))

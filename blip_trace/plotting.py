@@ -111,7 +111,8 @@ def _title(axes: Axes, result: TraceResult, stack: str, kind: str, width: float)
     if result.total_effect_vanishes:
         subtitle.append("The total effect vanishes: this map shows nothing.")
     columns = int((width + MARGIN) / CHARACTER)
-    title = textwrap.wrap(f"{_printable(result.question)}  →  {_printable(result.answer)}", columns)
+    # no break before the answer's first word
+    title = textwrap.wrap(f"{_printable(result.question)} →\N{NBSP}{_printable(result.answer)}", columns)
 
     offset = 5.0  # points above the map
     for line in reversed(subtitle):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def cross_attention(
 
 
 def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of chosen tokens, and the log-sum-exp over the vocabulary that turns them into log-probabilities.
+    """Logits of chosen tokens, and the log-sum-exp over the vocabulary that makes log-probabilities of them.
 
     hidden [rows, C], weight [V, C], bias [V], tokens [rows, K] (int64). Returns logits [rows, K] and
     log_sum_exp [rows], float32 (float64 for float64 inputs).
@@ -131,7 +132,7 @@ def _runs_of_equal_length(starts: Tensor) -> list[Tensor]:
     """Row numbers [runs, T], a tensor for each length T."""
     by_length: dict[int, list[int]] = defaultdict(list)
     marks = starts.tolist()
-    for begin, end in zip(marks, marks[1:], strict=False):
+    for begin, end in pairwise(marks):
         by_length[end - begin].append(begin)
     return [_rows(begins, n, starts.device) for n, begins in by_length.items() if n]
 

@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """All steps of a stack; at its end class c owns rows starts[c]:starts[c + 1], and run r is class_of[r]."""
+    """All steps of a stack; at its end run r is of class class_of[r], whose rows begin at starts[class]."""
 
     name: str
     entry_rows: Tensor | None
@@ -164,11 +164,11 @@ def _runs(jobs: Sequence[Job]) -> tuple[tuple[int, ...], dict[str, list[_Restore
 
 def _image_sources(jobs: Sequence[Job]) -> Ints:
     """For each run the number of the set of image states that it reads."""
-    sources = []
+    sources: list[Ints] = []
     first = 0
     for job in jobs:
         samples = first + 1 + np.arange(job.samples)
-        sources += [[first], samples, np.repeat(samples, len(job.cells))]
+        sources += [np.array([first]), samples, np.repeat(samples, len(job.cells))]
         first += 1 + job.samples
     return np.concatenate(sources)
 
@@ -200,8 +200,7 @@ class _Batch:
         keys: dict[tuple[int, int, frozenset[tuple[int, str, int]]], list[int]] = defaultdict(list)
         nothing: frozenset[tuple[int, str, int]] = frozenset()
         for run, key in enumerate(zip(self.class_of.tolist(), source.tolist(), strict=True)):
-            changed = overrides.get(run)
-            keys[(*key, frozenset(changed) if changed else nothing)].append(run)
+            keys[(*key, frozenset(overrides[run]) if run in overrides else nothing)].append(run)
         classes = sorted(keys.items(), key=lambda item: (self.source_of[item[1][0]], item[0][0], item[1][0]))
 
         old_starts = self.starts

@@ -212,7 +212,7 @@ class Tracer:
 
     def _image_states(self, pixels: Tensor) -> Tensor:
         """Image embeddings [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
-        key = hashlib.blake2b(pixels.numpy(), digest_size=16).digest()
+        key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
         if key not in self._states:
             if self.backend == "hooks":
                 states = hooks.encode_images(self.model, pixels)[0]

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from blip_trace import Tracer
 
-# The models here are tiny: one thread is as fast as two, and on a busy machine many times faster, for two wait
-# for each other at the end of every product.
+# The models here are tiny: one thread is as fast as two, and on a busy machine many times faster, for two
+# wait for each other at the end of every product.
 torch.set_num_threads(1)
 
 WORDS = [

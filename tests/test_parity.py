@@ -13,11 +13,14 @@ from random import Random
 import pytest
 import torch
 from torch import Tensor
+from transformers import BlipForQuestionAnswering
 
-from blip_trace import GaussianNoise, Tracer, TraceResult
-from blip_trace.assets import blip_shapes_folder
+from blip_trace import GaussianNoise, Tracer, TraceResult, engine, hooks, reference
+from blip_trace.corruption import corrupt
+from blip_trace.lowering.blip import lower
+from blip_trace.lowering.load import shipped_model
 from blip_trace.scenes import Question, questions, random_scene
-from blip_trace.sites import KINDS
+from blip_trace.sites import KINDS, grid_cells
 
 STACKS = ("text_encoder", "text_decoder")
 TOLERANCE = 1e-5  # the Hugging Face model's own float32 error against float64 was seen to reach 3e-6
@@ -26,11 +29,7 @@ ENGINES = ("native", "reference")
 
 @cache
 def tracer(backend: str, dtype: str = "float32") -> Tracer:
-    if dtype == "float64":
-        single = tracer("hooks")
-        model = type(single.model).from_pretrained(blip_shapes_folder(), dtype=torch.float64)
-        return Tracer(model, single.processor, backend)
-    return Tracer.from_pretrained(blip_shapes_folder(), dtype=dtype, backend=backend)
+    return Tracer.from_pretrained(shipped_model(), dtype=dtype, backend=backend)
 
 
 SCENE = random_scene(Random(3))
@@ -88,7 +87,9 @@ def largest_difference(one: TraceResult, other: TraceResult) -> float:
     assert one.restored.keys() == other.restored.keys()
     assert one.answer_ids == other.answer_ids
     scores = [abs(one.high_score - other.high_score), *(one.low_scores - other.low_scores).abs().tolist()]
-    return max(scores + [(one.restored[name] - other.restored[name]).abs().max().item() for name in one.restored])
+    return max(
+        scores + [(one.restored[name] - other.restored[name]).abs().max().item() for name in one.restored]
+    )
 
 
 def assert_agree(ours: TraceResult, truth: TraceResult, tolerance: float) -> None:
@@ -136,18 +137,22 @@ def test_bfloat16_errs_no_more_than_twice_what_the_model_itself_does(backend: st
 
 
 def test_float64_agrees_to_rounding() -> None:
-    # the public maps are float32: compare what the engines return
-    results = []
-    for backend in ("hooks", "reference"):
-        scores = []
-        own = tracer(backend, "float64")
-        own._score, score = (lambda tasks, progress: scores.extend(score(tasks, progress)) or scores), own._score
-        own.trace(IMAGE, ask("color").text, corruption=GaussianNoise(samples=2), kinds=tuple(KINDS))
-        results.append(scores[0].restored.exp())
-    truth, ours = results
-    assert truth.dtype == torch.float64
-    assert truth.max() - truth.min() >= 1e-3
-    assert (ours - truth).abs().max() <= 1e-12
+    model = BlipForQuestionAnswering.from_pretrained(shipped_model(), dtype=torch.float64).eval()
+    processor = tracer("hooks").processor
+    pixels = processor.image_processor(IMAGE, return_tensors="pt").pixel_values.double()
+    ids = processor.tokenizer(ask("color").text, return_tensors="pt").input_ids[0]
+    cells = [cell for kind in KINDS for cell in grid_cells("text_encoder", kind, len(ids), 4, 1)]
+    cells += [cell for kind in KINDS for cell in grid_cells("text_decoder", kind, 1, 4, 1)]
+    clean = hooks.encode_images(model, pixels)[0]
+    task = engine.Task(ids, None, clean, corrupt(GaussianNoise(samples=2), clean), tuple(cells))
+
+    program = lower(model)
+    assert (engine.encode_images(program, reference, pixels)[0] - clean).abs().max() <= 1e-12
+    (truth,) = hooks.score(model, [task])
+    (ours,) = engine.score(program, reference, [task], memory=2**28)
+    assert truth.restored.dtype == torch.float64
+    assert truth.restored.exp().max() - truth.restored.exp().min() >= 1e-3
+    assert (ours.restored.exp() - truth.restored.exp()).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -197,7 +202,7 @@ def test_a_map_is_reproducible_bit_for_bit() -> None:
 class TestKnownCells:
     """Cells whose value follows from the architecture."""
 
-    @pytest.fixture(params=("hooks", *ENGINES))
+    @pytest.fixture(params=["hooks", *ENGINES])
     def result(self, request: pytest.FixtureRequest) -> TraceResult:
         return traced(request.param)
 
@@ -217,7 +222,7 @@ class TestKnownCells:
         assert (last - result.high_score).abs().max() <= TOLERANCE / 10
 
 
-@pytest.mark.parametrize("backend", ("hooks", *ENGINES))
+@pytest.mark.parametrize("backend", ["hooks", *ENGINES])
 def test_restoring_a_run_s_own_state_changes_nothing(backend: str) -> None:
     def identity(embeddings: Tensor) -> Tensor:
         return embeddings[None].clone()

@@ -94,7 +94,8 @@ def test_any_cells_of_any_model(data: st.DataObject) -> None:
 
     model.float()
     single = [
-        engine.Task(t.question_ids, t.answer_ids, t.clean.float(), t.corrupted.float(), t.cells) for t in tasks
+        engine.Task(t.question_ids, t.answer_ids, t.clean.float(), t.corrupted.float(), t.cells)
+        for t in tasks
     ]
     allowed = 2 * difference(hooks.score(model, single), truth) + 1e-6
     native = engine.score(lower(model), get_ops("native"), single, memory=2**28)

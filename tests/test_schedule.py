@@ -26,7 +26,7 @@ def test_a_run_costs_nothing_before_it_forks() -> None:
 
 
 def test_runs_fork_at_the_sublayer_that_they_restore() -> None:
-    assert rows("text_encoder", "cross_attn") == [4, 8, 8 + 16] + [8 + 16, 8 + 16, 8 + 32] + [8 + 32, 8 + 32, 56]
+    assert rows("text_encoder", "cross_attn") == [4, 8, 24, 24, 24, 40, 40, 40, 56]
 
 
 def test_samples_share_the_clean_run() -> None:
@@ -56,7 +56,8 @@ def test_a_whole_window_is_one_run() -> None:
 def test_a_restored_row_is_read_from_the_clean_run() -> None:
     cell = Cell.of([Site("text_encoder", 1, "mlp", 2)])
     step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (cell,)),), 7).question.steps[5]
-    assert step.residual_rows is not None and step.update_rows is not None
+    assert step.residual_rows is not None
+    assert step.update_rows is not None
     assert step.residual_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
     assert step.update_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 2, 7]
 
@@ -65,14 +66,22 @@ def test_every_question_reads_its_own_image() -> None:
     cells = tuple(grid_cells("text_encoder", "hidden", 2, LAYERS, 1))
     made = plan(QUESTION, ANSWER, (Job(2, 1, 2, cells), Job(5, 1, 2, cells)), 7)
     step = made.question.steps[-2]
-    assert step.query_starts is not None and step.state_starts is not None
+    assert step.query_starts is not None
+    assert step.state_starts is not None
     assert step.state_starts.tolist() == [7 * n for n in range(7)]
     assert np.diff(step.query_starts.tolist()).tolist() == [2, 10, 10, 5, 25, 25]
 
 
 @pytest.mark.parametrize(
     ("layer", "window", "expected"),
-    [(0, 1, [0]), (5, 1, [5]), (0, 3, [0, 1]), (5, 3, [4, 5, 6]), (11, 3, [10, 11]), (5, 10, list(range(10)))],
+    [
+        (0, 1, [0]),
+        (5, 1, [5]),
+        (0, 3, [0, 1]),
+        (5, 3, [4, 5, 6]),
+        (11, 3, [10, 11]),
+        (5, 10, list(range(10))),
+    ],
 )
 def test_windows_follow_the_rule_of_rome(layer: int, window: int, expected: list[int]) -> None:
     assert list(window_layers(layer, window, 12)) == expected

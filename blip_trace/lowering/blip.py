@@ -1,6 +1,8 @@
-"""`BlipForQuestionAnswering` as a Program: a pre-norm ViT, and two post-norm BERT stacks with cross-attention."""
+"""`BlipForQuestionAnswering` as a Program: a pre-norm ViT, two post-norm BERT stacks with cross-attention."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +31,15 @@ def lower(model: BlipForQuestionAnswering) -> Program:
     config = model.config
     for part, sub in (("vision", config.vision_config), ("text", config.text_config)):
         if sub.hidden_act != "gelu":
-            raise ValueError(f"the {part} config's hidden_act is {sub.hidden_act!r}: only 'gelu' can be traced")
+            raise ValueError(
+                f"the {part} config's hidden_act is {sub.hidden_act!r}: only 'gelu' can be traced"
+            )
     if not config.text_config.is_decoder:
         raise ValueError("the text config's is_decoder is false: a question encoder without cross-attention")
     if config.vision_config.hidden_size != config.text_config.hidden_size:
         raise ValueError(
             f"the vision and text stacks are {config.vision_config.hidden_size} and "
-            f"{config.text_config.hidden_size} wide: BlipForQuestionAnswering attends to both with the same shape"
+            f"{config.text_config.hidden_size} wide: the answer decoder cannot attend to the question"
         )
     with torch.no_grad():
         return Program(
@@ -85,7 +89,7 @@ def _vision(model: BlipForQuestionAnswering) -> Stack:
     )
 
 
-def _text(model: nn.Module, name: str, attends_to: str, causal: bool) -> Stack:
+def _text(model: Any, name: str, attends_to: str, causal: bool) -> Stack:
     layers = []
     for block in model.encoder.layer:
         self_attn, cross_attn = block.attention.self, block.crossattention.self
@@ -131,7 +135,7 @@ def _text(model: nn.Module, name: str, attends_to: str, causal: bool) -> Stack:
     )
 
 
-def _head(predictions: nn.Module) -> Head:
+def _head(predictions: Any) -> Head:
     return Head(
         dense=_linear(predictions.transform.dense),
         norm=_norm(predictions.transform.LayerNorm),
