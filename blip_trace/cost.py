@@ -14,10 +14,34 @@ from .program import CrossAttention, Head, Mlp, Program, SelfAttention, Stack, S
 from .schedule import Plan, StackPlan, Step
 
 
+def step_operations(sublayer: Sublayer, step: Step) -> int:
+    """Operations of one sublayer on its batch."""
+    rows = step.rows
+    match sublayer:
+        case SelfAttention(qkv=qkv, out=out):
+            lengths = step.starts.diff().long()
+            if rows == len(lengths):  # one token: its own value is the context
+                return 2 * rows * (qkv.weight.numel() // 3 + out.weight.numel())
+            core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
+            return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
+        case CrossAttention(query=query, key_value=key_value, out=out, heads=heads):
+            assert step.query_starts is not None
+            assert step.state_starts is not None
+            queries = step.query_starts.diff().long()
+            states = step.state_starts.diff().long()
+            width, source = query.weight.shape[0], key_value.shape[1]
+            project = 4 * states * source * width + 4 * queries * states * width
+            absorb = 4 * queries * source * width + 4 * queries * states * source * heads
+            core = int(project.minimum(absorb)[queries > 0].sum())
+            return 2 * rows * (query.weight.numel() + out.weight.numel()) + core
+        case Mlp(up=up, down=down):
+            return 2 * rows * (up.weight.numel() + down.weight.numel())
+
+
 def stack_operations(stack: Stack, plan: StackPlan) -> Iterator[int]:
     """Operations of each step of a stack."""
     for (_, sublayer), step in zip(stack.steps(), plan.steps, strict=True):
-        yield _sublayer_operations(sublayer, step)
+        yield step_operations(sublayer, step)
 
 
 def operations(program: Program, plan: Plan) -> int:
@@ -56,26 +80,3 @@ def text_row_bytes(stack: Stack) -> int:
         elements = max(elements, own)
     # bfloat16 products may go through float32
     return 4 * elements
-
-
-def _sublayer_operations(sublayer: Sublayer, step: Step) -> int:
-    rows = step.rows
-    match sublayer:
-        case SelfAttention(qkv=qkv, out=out):
-            lengths = step.starts.diff().long()
-            if rows == len(lengths):  # one token: its own value is the context
-                return 2 * rows * (qkv.weight.numel() // 3 + out.weight.numel())
-            core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
-            return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
-        case CrossAttention(query=query, key_value=key_value, out=out, heads=heads):
-            assert step.query_starts is not None
-            assert step.state_starts is not None
-            queries = step.query_starts.diff().long()
-            states = step.state_starts.diff().long()
-            width, source = query.weight.shape[0], key_value.shape[1]
-            project = 4 * states * source * width + 4 * queries * states * width
-            absorb = 4 * queries * source * width + 4 * queries * states * source * heads
-            core = int(project.minimum(absorb)[queries > 0].sum())
-            return 2 * rows * (query.weight.numel() + out.weight.numel()) + core
-        case Mlp(up=up, down=down):
-            return 2 * rows * (up.weight.numel() + down.weight.numel())

@@ -18,6 +18,9 @@ from .sites import Cell
 Progress = Callable[[int, int], None]
 """Called with operations done and operations in all."""
 
+Tick = Callable[[int], None]
+"""Called with the operations that were just done."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,9 +59,8 @@ def encode_images(program: Program, ops: OpSet, pixels: Tensor) -> Tensor:
     stack = program.image
     embedded = _embed_patches(stack, pixels)  # [B, N, D]
     images, tokens, width = embedded.shape
-    states = _run_stack(
-        stack, image_plan(program, images, tokens), ops, embedded.view(-1, width), None, _ignore
-    )
+    plan = image_plan(program, images, tokens)
+    states = _run_stack(stack, plan, ops, embedded.view(-1, width), None)
     return states.view(images, tokens, width)
 
 
@@ -83,7 +85,9 @@ def score(
     """
     passes = list(_passes(program, tasks, memory))
     plans = [_plan(program, [part for _, part in parts]) for parts in passes]
-    tick = _counter(progress, sum(cost.operations(program, p) for p in plans))
+    tick = None
+    if progress is not None:
+        tick = _counter(progress, sum(cost.operations(program, p) for p in plans))
     answers = [task.answer_ids for task in tasks]
     pieces: list[list[Scores]] = [[] for _ in tasks]
     for parts, shape in zip(passes, plans, strict=True):
@@ -94,9 +98,7 @@ def score(
     return [_merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
 
 
-def _run(
-    program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Callable[[int], None]
-) -> list[Scores]:
+def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:
     """One pass over the text stacks and the head."""
     images = torch.cat([s for task in tasks for s in (task.clean[None], task.corrupted)]).flatten(0, 1)
     ids = torch.cat([task.question_ids for task in tasks])
@@ -129,7 +131,8 @@ def _run(
         answers.append(answer)
     logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens[:, None])
     log_probs = logits[:, 0] - log_sum_exp
-    tick(cost.head_operations(head, plan.answer.rows))
+    if tick is not None:
+        tick(cost.head_operations(head, plan.answer.rows))
     return [
         _scores(task, answer, log_probs[own]) for task, answer, own in zip(tasks, answers, rows, strict=True)
     ]
@@ -141,7 +144,7 @@ def _run_stack(
     ops: OpSet,
     embedded: Tensor,
     states: Tensor | None,
-    tick: Callable[[int], None],
+    tick: Tick | None = None,
 ) -> Tensor:
     """Run a stack's layers over embedded rows [rows, C]; returns its final states [rows, C]."""
     sublayers = [sublayer for _, sublayer in stack.steps()]
@@ -152,9 +155,7 @@ def _run_stack(
         assert stack.final_norm is not None
         normed = _layer_norm(stream, norms[0])
         norms = [*norms[1:], stack.final_norm]  # each sublayer ends with the next one's norm
-    for sublayer, norm, step, operations in zip(
-        sublayers, norms, plan.steps, cost.stack_operations(stack, plan), strict=True
-    ):
+    for sublayer, norm, step in zip(sublayers, norms, plan.steps, strict=True):
         inner = _inner(ops, sublayer, step, normed, states)
         out = sublayer.down if isinstance(sublayer, Mlp) else sublayer.out
         normed, total = ops.linear_add_norm(
@@ -170,7 +171,8 @@ def _run_stack(
             stack.norm_first,
         )
         stream = total if stack.norm_first else normed
-        tick(operations)
+        if tick is not None:
+            tick(cost.step_operations(sublayer, step))
     return normed
 
 
@@ -288,18 +290,12 @@ def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
     )
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    if progress is None:
-        return _ignore
-    report, done = progress, 0
+def _counter(progress: Progress, total: int) -> Tick:
+    done = 0
 
     def tick(operations: int) -> None:
         nonlocal done
         done += operations
-        report(done, total)
+        progress(done, total)
 
     return tick
-
-
-def _ignore(operations: int) -> None:
-    """No progress wanted."""

@@ -120,6 +120,7 @@ def plan(question: StackShape, answer: StackShape, jobs: tuple[Job, ...], states
     return Plan(question_plan, answer_plan, first_run, first_answer_row)
 
 
+@lru_cache(maxsize=64)
 def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
     """A plan in which nothing forks: `runs` runs of `tokens` tokens, as the image stack is run."""
     return _plan_stack(

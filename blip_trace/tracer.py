@@ -230,10 +230,7 @@ class Tracer:
         if not tasks:
             return []
 
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress(done / total)
-
+        report = None if progress is None else lambda done, total: progress(done / total)
         if self.backend == "hooks":
             return hooks.score(self.model, tasks, report)
         return engine.score(self.program, self.ops, tasks, self.memory, report)

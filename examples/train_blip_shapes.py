@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -94,8 +94,7 @@ def make_model(tokenizer: BertTokenizer) -> BlipForQuestionAnswering:
         initializer_range=INITIALIZER_RANGE,
     )
     model = BlipForQuestionAnswering(config)
-    # Random position embeddings start an order of magnitude below the patches' own embeddings: for a long time
-    # the model sees colours but neither places nor shapes.
+    # Random position embeddings of this range would start an order of magnitude below the patches' own.
     model.vision_model.embeddings.position_embedding.data[0, 1:] = position_waves(size["hidden_size"])
     return model
 
@@ -221,11 +220,6 @@ def accuracy(
     return {kind: count / scenes for kind, count in right.items()}
 
 
-def save(model: BlipForQuestionAnswering, processor: BlipProcessor, out: Path) -> None:
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-
-
 def patch_labels(scene: Scene) -> list[list[int]]:
     """For each patch the colour, the shape (0: none) and the number of the grid cell around its centre."""
     side = IMAGE_SIZE // PATCH_SIZE
@@ -238,10 +232,13 @@ def patch_labels(scene: Scene) -> list[list[int]]:
 
 
 def optimize(
-    parameters: Iterable[torch.nn.Parameter], lr: float, steps: int, loss_at: Callable[[int], Tensor]
-) -> Iterator[int]:
-    """Take `steps` AdamW steps on `loss_at(step)` under a one-cycle schedule; yields how many are done."""
-    parameters = list(parameters)
+    parameters: list[torch.nn.Parameter],
+    lr: float,
+    steps: int,
+    loss_at: Callable[[int], Tensor],
+    after: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Take AdamW steps on `loss_at(step)` under a one-cycle schedule; `after` hears how many are done."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     began, running = time.perf_counter(), 0.0
@@ -255,14 +252,14 @@ def optimize(
         running = loss.item() if step == 0 else 0.95 * running + 0.05 * loss.item()
         if (step + 1) % 50 == 0:
             print(f"  {step + 1}: loss {running:.4f}, {time.perf_counter() - began:.0f} s", flush=True)
-        yield step + 1
+        after(step + 1)
 
 
 def train_vision(model: BlipForQuestionAnswering, processor: BlipProcessor, args: argparse.Namespace) -> None:
     """Teach the image encoder what stands at each patch, by a linear head that is thrown away afterwards.
 
-    From answers alone it learns colours at once, but shapes and places only after thousands of steps; a label for
-    each patch needs a few hundred, and those steps run no text stack.
+    From answers alone it learns colours at once, but shapes and places are still at chance after a thousand
+    steps. Labels for patches need a few hundred, and these steps run no text stack.
     """
     sizes = (1 + len(COLORS), 1 + len(SHAPES), 9)
     head = torch.nn.Linear(model.config.vision_config.hidden_size, sum(sizes))
@@ -278,15 +275,11 @@ def train_vision(model: BlipForQuestionAnswering, processor: BlipProcessor, args
         targets = torch.tensor(labels)  # [scenes, patches, 3]
         states = model.vision_model(pixel_values=pixels).last_hidden_state[:, 1:]  # [scenes, patches, C]
         logits = head(states).split(sizes, dim=-1)
-        losses = [
-            cross_entropy(part.flatten(0, 1), targets[..., i].flatten()) for i, part in enumerate(logits)
-        ]
+        # cross_entropy wants the classes second: [scenes, classes, patches].
+        losses = [cross_entropy(part.mT, targets[..., i]) for i, part in enumerate(logits)]
         return torch.stack(losses).sum()
 
-    for _ in optimize(
-        [*model.vision_model.parameters(), *head.parameters()], args.lr, args.vision_steps, loss_at
-    ):
-        pass
+    optimize([*model.vision_model.parameters(), *head.parameters()], args.lr, args.vision_steps, loss_at)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -297,8 +290,8 @@ def train(args: argparse.Namespace) -> None:
     model = make_model(processor.tokenizer)
     mask_padding(model)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} word pieces")
+    processor.save_pretrained(args.out)
     train_vision(model, processor, args)
-    save(model, processor, args.out)
 
     def loss_at(step: int) -> Tensor:
         # Every scene is new: the stream never repeats, and its name keeps it apart from the held-out ones.
@@ -306,15 +299,20 @@ def train(args: argparse.Namespace) -> None:
         batch = make_batch(f"train-{args.seed}", scenes, processor)
         return batch_loss(model, batch, processor.tokenizer.pad_token_id)
 
-    for done in optimize(model.parameters(), args.lr, args.steps, loss_at):
+    def check(done: int) -> None:
         if done % args.save_every == 0:
-            save(model, processor, args.out)
+            model.save_pretrained(args.out)
             shares = accuracy(model, processor, scenes=200, name="validation")
             print("  " + ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()), flush=True)
-    save(model, processor, args.out)
+
+    optimize(list(model.parameters()), args.lr, args.steps, loss_at, check)
+    model.save_pretrained(args.out)
+    seconds = round(time.perf_counter() - began)
+    # The numbers are those of the folder, as users load it.
+    model = BlipForQuestionAnswering.from_pretrained(args.out)
     report = {
         "scenes": args.held_out,
-        "training_seconds": round(time.perf_counter() - began),
+        "training_seconds": seconds,
         "held_out": accuracy(model, processor, args.held_out),
         "photograph": accuracy(model, processor, args.held_out // 4, name="photograph"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from random import Random
@@ -227,4 +228,4 @@ def test_shipped_files_are_small_and_safe() -> None:
             text = path.read_text()
             json.loads(text)
             assert "name_or_path" not in text, path
-            assert "/work" not in text and "/tmp" not in text and "/home" not in text, path
+            assert not re.search("/(work|tmp|home|root)/", text), path
