@@ -53,10 +53,10 @@ test: build lint
 	$(PY) -m pytest -q
 
 bench: build
-	$(PY) -m pytest benchmarks -q -s --benchmark-enable
+	$(PY) -m pytest benchmarks -q -s --benchmark-only
 
 bench-quick: build
-	$(PY) -m pytest benchmarks -q -s --benchmark-enable -m quick
+	$(PY) -m pytest benchmarks -q -s --benchmark-only --quick
 
 clean:
 	rm -rf build dist *.egg-info blip_trace/_C.*.so

@@ -15,7 +15,6 @@ from blip_trace.schedule import plan
 from blip_trace.sites import Cell, grid_cells
 
 TOKENS = 9
-MEMORY = 256 * 2**20
 
 
 def blip_base(dtype: str) -> BlipForQuestionAnswering:
@@ -57,7 +56,7 @@ class Subject:
     def trace(self, ops: OpSet) -> None:
         """The whole map by the engine, with the image encoded anew."""
         clean = engine.encode_images(self.program, ops, self.pixels)[0]
-        engine.score(self.program, ops, [self._task(clean)], MEMORY)
+        engine.score(self.program, ops, [self._task(clean)], engine.DEFAULT_MEMORY)
 
     def operations(self) -> int:
         """What must be done for the map, by formula."""

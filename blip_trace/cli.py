@@ -132,7 +132,7 @@ def run(
     ] = None,
     memory: Annotated[
         int, typer.Option(min=1, help="MiB that the states of one pass may take.", rich_help_panel=ENGINE)
-    ] = 256,
+    ] = 128,
 ) -> None:
     """Trace one question about one image.
 

@@ -24,12 +24,12 @@ def step_operations(sublayer: Sublayer, step: Step) -> int:
                 return 2 * rows * (qkv.weight.numel() // 3 + out.weight.numel())
             core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
             return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
-        case CrossAttention(query=query, key_value=key_value, out=out, heads=heads):
+        case CrossAttention(query=query, key=key, out=out, heads=heads):
             assert step.query_starts is not None
             assert step.state_starts is not None
             queries = step.query_starts.diff().long()
             states = step.state_starts.diff().long()
-            width, source = query.weight.shape[0], key_value.shape[1]
+            width, source = query.weight.shape[0], key.shape[1]
             project = 4 * states * source * width + 4 * queries * states * width
             absorb = 4 * queries * source * width + 4 * queries * states * source * heads
             core = int(project.minimum(absorb)[queries > 0].sum())
@@ -70,13 +70,10 @@ def text_row_bytes(stack: Stack) -> int:
         match sublayer:
             case SelfAttention(qkv=qkv):
                 own = qkv.weight.shape[0] + 3 * stack.width
-            case CrossAttention(key_value=key_value, heads=heads):
-                # an absorbed query and its weighted sum hold one state's width for every head
-                own = 4 * stack.width + (
-                    2 * heads * key_value.shape[1] if stack.attends_to != "vision" else 0
-                )
+            case CrossAttention():
+                own = 4 * stack.width
             case Mlp(up=up):
                 own = up.weight.shape[0] + 3 * stack.width
         elements = max(elements, own)
-    # bfloat16 products may go through float32
-    return 4 * elements
+    size = stack.embedding.positions.element_size()
+    return elements * (size if size >= 4 else size + 4)  # bfloat16 products may go through float32

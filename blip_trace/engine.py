@@ -15,6 +15,9 @@ from .program import CrossAttention, Mlp, Norm, PatchEmbedding, Program, SelfAtt
 from .schedule import Job, Plan, StackPlan, StackShape, Step, plan, straight_plan
 from .sites import Cell
 
+DEFAULT_MEMORY = 128 * 2**20
+"""Bytes of activations that a pass may take unless told otherwise: larger passes are hardly faster."""
+
 Progress = Callable[[int, int], None]
 """Called with operations done and operations in all."""
 
@@ -184,11 +187,10 @@ def _inner(ops: OpSet, sublayer: Sublayer, step: Step, x: Tensor, states: Tensor
                 # a run of one token attends to itself alone: the softmax over one key is 1
                 return ops.linear(x, qkv.weight[-x.shape[1] :], None)
             return ops.self_attention(ops.linear(x, qkv.weight, qkv.bias), step.starts, heads, causal)
-        case CrossAttention(query=query, key_value=key_value, heads=heads):
+        case CrossAttention(query=query, key=key, value=value, heads=heads):
             assert states is not None
             assert step.query_starts is not None
             assert step.state_starts is not None
-            key, value = key_value.chunk(2)
             q = ops.linear(x, query.weight, query.bias)
             return ops.cross_attention(q, states, key, value, step.query_starts, step.state_starts, heads)
         case Mlp(up=up):

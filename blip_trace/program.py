@@ -48,11 +48,12 @@ class SelfAttention:
 class CrossAttention:
     """Attention to another stack's final states [m, D].
 
-    `key_value` [2 C, D] has no biases: a key's drops out of the softmax, a value's is in `out.bias`.
+    `key` and `value` [C, D] have no biases: a key's drops out of the softmax, a value's is in `out.bias`.
     """
 
     query: Linear
-    key_value: Tensor
+    key: Tensor
+    value: Tensor
     out: Linear
     norm: Norm
     heads: int

@@ -56,7 +56,7 @@ class Tracer:
         model: BlipForQuestionAnswering,
         processor: Any = None,
         backend: Backend = "auto",
-        memory: int = 256 * 2**20,
+        memory: int = engine.DEFAULT_MEMORY,
     ) -> None:
         check_names("backend", [backend], BACKENDS)
         if not isinstance(model, BlipForQuestionAnswering):
@@ -82,7 +82,7 @@ class Tracer:
         device: str = "cpu",
         dtype: str = "float32",
         backend: Backend = "auto",
-        memory: int = 256 * 2**20,
+        memory: int = engine.DEFAULT_MEMORY,
     ) -> Tracer:
         """Load a `BlipForQuestionAnswering` and its processor: safetensors only, no remote code.
 

@@ -108,7 +108,8 @@ def _text(model: Any, name: str, attends_to: str, causal: bool) -> Stack:
                     ),
                     CrossAttention(
                         query=_linear(cross_attn.query),
-                        key_value=torch.cat((cross_attn.key.weight, cross_attn.value.weight)).detach(),
+                        key=cross_attn.key.weight.detach(),
+                        value=cross_attn.value.weight.detach(),
                         out=_carrying_value_bias(block.crossattention.output.dense, cross_attn.value.bias),
                         norm=_norm(block.crossattention.output.LayerNorm),
                         heads=cross_attn.num_attention_heads,
