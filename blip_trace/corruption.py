@@ -40,12 +40,12 @@ class GaussianNoise:
             raise ValueError(f"the noise's std must be a finite number of at least 0, not {self.std!r}")
 
     def __call__(self, embeddings: Tensor) -> Tensor:
-        """Corrupt embeddings [N, D]: float32 [samples, N, D], from a CPU generator whatever the device."""
+        """Corrupt embeddings [N, D]: [samples, N, D] in float32 or better, drawn on the CPU on any device."""
         generator = torch.Generator().manual_seed(self.seed)
         shape = (self.samples, *embeddings.shape)
         noise = torch.randn(shape, generator=generator).mul_(self.std).add_(self.mean)
         noise = noise.to(embeddings.device)
-        clean = embeddings.float()
+        clean = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return clean * noise if self.mode == "multiply" else clean + noise
 
 

@@ -1,5 +1,5 @@
-// The Python module blip_trace._C. Importing it registers torch.ops.blip_trace.*; what it defines itself is
-// about the build and the processor.
+// The Python module blip_trace._C. Importing it registers torch.ops.blip_trace.*; what it defines
+// itself is about the build and the processor.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,7 +20,8 @@ py::dict build_info() {
 }
 
 void set_cpu_capability(const std::string& name) {
-  if (!cpu::set_capability(name)) throw py::value_error("this processor does not run the build '" + name + "'");
+  if (!cpu::set_capability(name))
+    throw py::value_error("this processor does not run the build '" + name + "'");
 }
 
 }  // namespace
@@ -31,6 +32,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_capabilities", cpu::available_capabilities, "Those this processor runs.");
   m.def("set_cpu_capability", set_cpu_capability, "Chooses an instruction set; for tests.");
   m.def("has_bf16_products", cpu::has_bf16_products, "Whether the processor multiplies bfloat16.");
-  m.def("native_bf16_products", ops::native_bf16_products, "Whether bfloat16 products are native or through float32.");
-  m.def("set_native_bf16_products", ops::set_native_bf16_products, "Chooses that; None: as the processor; for tests.");
+  m.def("native_bf16_products", ops::native_bf16_products,
+        "Whether bfloat16 products are native or through float32.");
+  m.def("set_native_bf16_products", ops::set_native_bf16_products,
+        "Chooses that; None: as the processor; for tests.");
 }

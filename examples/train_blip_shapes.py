@@ -136,7 +136,7 @@ def make_batch(name: str, scenes: range, processor: BlipProcessor) -> Batch:
         rng = Random(f"{name}/{number}")
         scene = random_scene(rng)
         asked.append(questions(scene, rng))
-        photo = name == "photograph"
+        photo = name.startswith("photograph")
         images.append(photograph(scene, (800, 600)) if photo else scene.render(picture_size(rng)))
 
     def pad(rows: list[list[int]]) -> Tensor:
@@ -196,7 +196,7 @@ def batch_loss(model: BlipForQuestionAnswering, batch: Batch, pad: int) -> Tenso
 
 @torch.no_grad()
 def accuracy(
-    model: BlipForQuestionAnswering, processor: BlipProcessor, scenes: int, name: str = "held-out"
+    model: BlipForQuestionAnswering, processor: BlipProcessor, scenes: int, name: str
 ) -> dict[str, float]:
     """Share of questions of each type whose greedily generated answer is the right one, word for word."""
     right = dict.fromkeys(QUESTION_TYPES, 0)
@@ -287,11 +287,15 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
     processor = make_processor()
-    model = make_model(processor.tokenizer)
+    if args.start:
+        model = BlipForQuestionAnswering.from_pretrained(args.start)
+        model.train()
+    else:
+        model = make_model(processor.tokenizer)
+        train_vision(model, processor, args)
     mask_padding(model)
     print(f"{model.num_parameters():,} parameters, {len(processor.tokenizer)} word pieces")
     processor.save_pretrained(args.out)
-    train_vision(model, processor, args)
 
     def loss_at(step: int) -> Tensor:
         # Every scene is new: the stream never repeats, and its name keeps it apart from the held-out ones.
@@ -302,19 +306,20 @@ def train(args: argparse.Namespace) -> None:
     def check(done: int) -> None:
         if done % args.save_every == 0:
             model.save_pretrained(args.out)
-            shares = accuracy(model, processor, scenes=200, name="validation")
+            shares = accuracy(model, processor, 200, "validation")
             print("  " + ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items()), flush=True)
 
     optimize(list(model.parameters()), args.lr, args.steps, loss_at, check)
     model.save_pretrained(args.out)
     seconds = round(time.perf_counter() - began)
-    # The numbers are those of the folder, as users load it.
+    # The numbers are those of the folder, as users load it. Each seed has its own held-out scenes: those of an
+    # earlier run may have decided that this one was needed.
     model = BlipForQuestionAnswering.from_pretrained(args.out)
     report = {
         "scenes": args.held_out,
         "training_seconds": seconds,
-        "held_out": accuracy(model, processor, args.held_out),
-        "photograph": accuracy(model, processor, args.held_out // 4, name="photograph"),
+        "held_out": accuracy(model, processor, args.held_out, f"held-out-{args.seed}"),
+        "photograph": accuracy(model, processor, args.held_out // 4, f"photograph-{args.seed}"),
     }
     (args.out / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
@@ -324,6 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the small BLIP of shapes from scratch on a CPU.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for the model, its processor and accuracy.json")
+    add("--start", type=Path, help="folder of an earlier run to go on from; give another --seed, too")
     add("--vision-steps", type=int, default=1000, help="optimizer steps on the image encoder alone")
     add("--steps", type=int, default=2000, help="optimizer steps on the whole model")
     add("--scenes", type=int, default=20, help="pictures a step, with five questions each")
@@ -331,7 +337,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="of the weights and the training scenes")
     add("--threads", type=int, default=1, help="CPU threads")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
-    add("--held-out", type=int, default=2000, help="held-out scenes, each with a question of each type")
+    add("--held-out", type=int, default=4000, help="held-out scenes, each with a question of each type")
     logging.disable_progress_bar()
     train(parser.parse_args())
 

@@ -30,31 +30,78 @@ static void pack(const T* source, int64_t stride, int64_t k, int64_t n, float* p
   }
 }
 
+// Where lane l of a pair (a, b) of rows comes from in a transposition's step: lanes whose number
+// lacks the bit `step` are taken for the first row of the pair, the others for the second.
+template <int step>
+struct Exchange {
+  std::int32_t first[width], second[width];
+  constexpr Exchange() : first{}, second{} {
+    for (int l = 0; l < width; ++l) {
+      first[l] = l & step ? width + l - step : l;
+      second[l] = l & step ? width + l : l + step;
+    }
+  }
+};
+
+template <int step>
+BLIP_TRACE_INLINE void exchange(Vec (&rows)[width]) {
+  static constexpr Exchange<step> lanes;
+  IntVec first, second;
+  __builtin_memcpy(&first, lanes.first, sizeof(first));
+  __builtin_memcpy(&second, lanes.second, sizeof(second));
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i) {
+    if (i & step) continue;
+    const Vec a = rows[i], b = rows[i + step];
+    rows[i] = shuffle(a, b, first);
+    rows[i + step] = shuffle(a, b, second);
+  }
+  if constexpr (2 * step < width) exchange<2 * step>(rows);
+}
+
+// Writes the transpose of source [n, k] into `columns` columns of a panel, zeros beyond n.
+template <class T>
+static void pack_panel_transposed(const T* source, int64_t stride, int64_t k, int64_t n,
+                                  int64_t columns, float* packed) {
+  for (int64_t i = 0; i < k; i += width) {
+    const int64_t deep = min_of(width, k - i);
+    for (int64_t j = 0; j < columns; j += width) {
+      Vec rows[width];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < width; ++r) {
+        const T* from = source + (j + r) * stride + i;
+        rows[r] = j + r >= n ? Vec{} : deep == width ? load(from) : load_part(from, deep);
+      }
+      exchange<1>(rows);
+      float* to = packed + i * columns + j;
+      if (deep == width) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < width; ++r) store(to + r * columns, rows[r]);
+      } else {
+        for (int64_t r = 0; r < deep; ++r) store(to + r * columns, rows[r]);
+      }
+    }
+  }
+}
+
 template <class T>
 static void pack_transposed(const T* source, int64_t stride, int64_t k, int64_t n, float* packed) {
   for (int64_t first = 0; first < n; first += panel_width) {
     const int64_t columns = panel_columns(n, first);
-    const int64_t present = min_of(columns, n - first);
-    for (int64_t j = 0; j < present; ++j) {
-      const T* row = source + (first + j) * stride;
-      for (int64_t i = 0; i < k; ++i) packed[i * columns + j] = load_scalar(row + i);
-    }
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t j = present; j < columns; ++j) packed[i * columns + j] = 0.0f;
-    }
-    packed += k * columns;
+    pack_panel_transposed(source + first * stride, stride, k, n - first, columns,
+                          packed + first * k);
   }
 }
 
 // c [rows, vectors * width] (+)= a [rows, k] times a panel [k, vectors * width].
 template <int rows, int vectors>
-static void tile(const float* a, int64_t a_stride, int64_t k, const float* panel, float* c, int64_t c_stride,
-                 bool add) {
+static void tile(const float* a, int64_t a_stride, int64_t k, const float* panel,
+                 int64_t panel_stride, float* c, int64_t c_stride, bool add) {
   Vec acc[rows][vectors];
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < vectors; ++j) acc[i][j] = add ? load(c + i * c_stride + j * width) : Vec{};
   }
-  for (int64_t at = 0; at < k; ++at, panel += vectors * width) {
+  for (int64_t at = 0; at < k; ++at, panel += panel_stride) {
     Vec b[vectors];
     for (int j = 0; j < vectors; ++j) b[j] = load(panel + j * width);
     for (int i = 0; i < rows; ++i) {
@@ -67,7 +114,7 @@ static void tile(const float* a, int64_t a_stride, int64_t k, const float* panel
   }
 }
 
-using Tile = void (*)(const float*, int64_t, int64_t, const float*, float*, int64_t, bool);
+using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
 
 template <int vectors>
 BLIP_TRACE_INLINE Tile tile_of(int64_t rows) {
@@ -78,28 +125,36 @@ BLIP_TRACE_INLINE Tile tile_of(int64_t rows) {
 
 BLIP_TRACE_INLINE Tile tile_of(int64_t rows, int64_t vectors) {
   switch (vectors) {
-    case 1: return tile_of<1>(rows);
-    case 2: return tile_of<2>(rows);
+    case 1:
+      return tile_of<1>(rows);
+    case 2:
+      return tile_of<2>(rows);
 #if BLIP_TRACE_PANEL_VECTORS > 2
-    case 3: return tile_of<3>(rows);
-    default: return tile_of<4>(rows);
+    case 3:
+      return tile_of<3>(rows);
+    default:
+      return tile_of<4>(rows);
 #else
-    default: return tile_of<2>(rows);
+    default:
+      return tile_of<2>(rows);
 #endif
   }
 }
 
-// c [m, n rounded up to whole vectors] = a [m, k] times the first k rows and n columns of `right`.
-static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int64_t n, const Panels& right,
-                    float* c, int64_t c_stride) {
+// c [m, n rounded up to whole vectors] (+)= a [m, k] times the first k rows and n columns of
+// `right`.
+static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int64_t n,
+                    const Panels& right, float* c, int64_t c_stride, bool add = false) {
   for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_step) {
     const int64_t steps = min_of(depth_step, k - depth);
     for (int64_t first = 0; first < n; first += panel_width) {
       const int64_t columns = panel_columns(right.n, first);
-      const float* panel = right.data + first * right.k + depth * columns;
+      const int64_t stride = right.stride ? right.stride : columns;
+      const float* panel = right.data + (right.stride ? first : first * right.k) + depth * stride;
       for (int64_t row = 0; row < m; row += tile_rows) {
-        tile_of(min_of(tile_rows, m - row), columns / width)(a + row * a_stride + depth, a_stride, steps, panel,
-                                                             c + row * c_stride + first, c_stride, depth != 0);
+        tile_of(min_of(tile_rows, m - row), columns / width)(
+            a + row * a_stride + depth, a_stride, steps, panel, stride, c + row * c_stride + first,
+            c_stride, add || depth != 0);
       }
     }
   }
@@ -107,8 +162,8 @@ static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int6
 
 // to [rows, cols rounded up] = scale * from [rows, cols], zeros behind each row.
 template <class T>
-static void copy_scaled(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float scale, float* to,
-                        int64_t to_stride) {
+static void copy_scaled(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float scale,
+                        float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; c += width) {
       const T* p = from + r * from_stride + c;
@@ -129,15 +184,30 @@ BLIP_TRACE_INLINE void copy_row(const float* from, float scale, T* to, int64_t c
   }
 }
 
+BLIP_TRACE_INLINE const float* as_floats(const float* x) { return x; }
+BLIP_TRACE_INLINE const float* as_floats(const bf16*) { return nullptr; }
+BLIP_TRACE_INLINE float* as_floats(float* x) { return x; }
+BLIP_TRACE_INLINE float* as_floats(bf16*) { return nullptr; }
+
 template <class A, class C>
-static void multiply(const A* a, int64_t a_stride, int64_t m, const Panels& right, C* c, int64_t c_stride,
-                     float* scratch) {
-  const int64_t left_stride = round_up(right.k, width), out_stride = round_up(right.n, width);
-  float* left = scratch;
-  float* out = left + m * left_stride;
-  copy_scaled(a, a_stride, m, right.k, 1.0f, left, left_stride);
-  product(left, left_stride, m, right.k, right.n, right, out, out_stride);
-  for (int64_t r = 0; r < m; ++r) copy_row(out + r * out_stride, 1.0f, c + r * c_stride, right.n);
+static void multiply(const A* a, int64_t a_stride, int64_t m, const Panels& right, C* c,
+                     int64_t c_stride, float* scratch) {
+  const float* left = as_floats(a);
+  int64_t left_stride = a_stride;
+  if (!left) {
+    left_stride = round_up(right.k, width);
+    copy_scaled(a, a_stride, m, right.k, 1.0f, scratch, left_stride);
+    left = scratch;
+    scratch += m * left_stride;
+  }
+  if (float* out = as_floats(c); out && right.n % width == 0) {
+    product(left, left_stride, m, right.k, right.n, right, out, c_stride);
+    return;
+  }
+  const int64_t out_stride = round_up(right.n, width);
+  product(left, left_stride, m, right.k, right.n, right, scratch, out_stride);
+  for (int64_t r = 0; r < m; ++r)
+    copy_row(scratch + r * out_stride, 1.0f, c + r * c_stride, right.n);
 }
 
 }  // namespace blip_trace::cpu::BLIP_TRACE_ISA

@@ -13,30 +13,21 @@ BLIP_TRACE_INLINE void for_columns(int64_t cols, F f) {
     f(c, [](auto* p) { return load(p); }, [](auto* p, Vec v) { store(p, v); });
   }
   if (const int64_t rest = cols - c) {
-    f(c, [rest](auto* p) { return load_part(p, rest); },
-      [rest](auto* p, Vec v) { store_part(p, v, rest); });
+    f(
+        c, [rest](auto* p) { return load_part(p, rest); },
+        [rest](auto* p, Vec v) { store_part(p, v, rest); });
   }
 }
 
-template <class T>
-static void widen(const T* from, float* to, int64_t count) {
+static void widen(const bf16* from, float* to, int64_t count) {
   for_columns(count, [=](int64_t c, auto get, auto put) { put(to + c, get(from + c)); });
 }
 
-template <class In, class Out>
-static void add_bias(const In* x, const Out* bias, Out* y, int64_t rows, int64_t cols) {
-  for (int64_t r = 0; r < rows; ++r, x += cols, y += cols) {
+template <class T>
+static void add_bias_gelu(const T* bias, T* y, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, y += cols) {
     for_columns(cols, [=](int64_t c, auto get, auto put) {
-      put(y + c, bias ? get(x + c) + get(bias + c) : get(x + c));
-    });
-  }
-}
-
-template <class In, class Out>
-static void add_bias_gelu(const In* x, const Out* bias, Out* y, int64_t rows, int64_t cols) {
-  for (int64_t r = 0; r < rows; ++r, x += cols, y += cols) {
-    for_columns(cols, [=](int64_t c, auto get, auto put) {
-      put(y + c, gelu_of(bias ? get(x + c) + get(bias + c) : get(x + c)));
+      put(y + c, gelu_of(bias ? get(y + c) + get(bias + c) : get(y + c)));
     });
   }
 }

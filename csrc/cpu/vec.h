@@ -1,5 +1,6 @@
-// A vector of floats as wide as the instruction set's registers, and the functions the kernels need on it.
-// Written with the compilers' vector extension, so that one text serves every instruction set.
+// A vector of floats as wide as the instruction set's registers, and the functions the kernels need
+// on it. Written with the compilers' vector extension, so that one text serves every instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -80,15 +81,30 @@ BLIP_TRACE_INLINE void store_part(T* p, Vec v, int64_t n) {
 // The larger of the two; b where one of them is NaN.
 BLIP_TRACE_INLINE Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  // Of the plain form g++ 12 warns inside its own header (GCC bug 105593); this one compiles to the same.
+  // Of the plain form g++ 12 warns inside its own header (GCC bug 105593); this one compiles to the
+  // same.
   return reinterpret_cast<Vec>(
       _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif defined(__AVX__)
-  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  return reinterpret_cast<Vec>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #elif defined(__SSE__)
-  return reinterpret_cast<Vec>(_mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+  return reinterpret_cast<Vec>(
+      _mm_max_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
 #else
   return a > b ? a : b;
+#endif
+}
+
+// Lane i is lane `lanes[i]` of a and b side by side.
+BLIP_TRACE_INLINE Vec shuffle(Vec a, Vec b, IntVec lanes) {
+#if defined(__clang__)
+  Vec result;
+  for (int64_t i = 0; i < width; ++i)
+    result[i] = lanes[i] < width ? a[lanes[i]] : b[lanes[i] - width];
+  return result;
+#else
+  return __builtin_shuffle(a, b, lanes);
 #endif
 }
 
@@ -114,11 +130,12 @@ BLIP_TRACE_INLINE float maximum_of(Vec v) {
   return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 127, relative error 1.3e-7; NaN for NaN. Below -100 it is 2^-100, nothing next to a sum that
-// holds a 1, and far enough from the subnormal numbers, on which some processors are very slow.
-// x = n + r; 2^r is a polynomial of degree 5, by Remez exchange on |r| <= 1/2 for the relative error (7e-8
-// before rounding). Adding the large constant rounds to an integer and leaves n + 127 in the low bits, from
-// where it becomes the exponent of a factor (a factor, because NaN times anything is NaN).
+// 2^x for x <= 127, relative error 1.3e-7; NaN for NaN. Below -100 it is 2^-100, nothing next to a
+// sum that holds a 1, and far enough from the subnormal numbers, on which some processors are very
+// slow. x = n + r; 2^r is a polynomial of degree 5, by Remez exchange on |r| <= 1/2 for the
+// relative error (7e-8 before rounding). Adding the large constant rounds to an integer and leaves
+// n + 127 in the low bits, from where it becomes the exponent of a factor (a factor, because NaN
+// times anything is NaN).
 BLIP_TRACE_INLINE Vec exp2_of(Vec x) {
   constexpr float shift = 12582912.0f + 127.0f;  // 1.5 * 2^23 and the bias of the exponent
   x = maximum(splat(-100.0f), x);
@@ -134,9 +151,10 @@ BLIP_TRACE_INLINE Vec exp2_of(Vec x) {
 
 constexpr float log2_of_e = 1.44269504f;
 
-// x Phi(x), Phi the normal distribution function: max(x, 0) - |x| Phi(-|x|), Phi(-a) = exp(-a^2 / 2) p(t),
-// t = 1 / (1 + 0.225 a). p is the weighted least maximum (Lawson's iteration, weight exp(-a^2 / 2), a up to
-// 6.5); absolute error 1e-7. The product vanishes before a = 14, where a is held so that infinity gives 0 too.
+// x Phi(x), Phi the normal distribution function: max(x, 0) - |x| Phi(-|x|), Phi(-a) = exp(-a^2 /
+// 2) p(t), t = 1 / (1 + 0.225 a). p is the weighted least maximum (Lawson's iteration, weight
+// exp(-a^2 / 2), a up to 6.5); absolute error 1e-7. The product vanishes before a = 14, where a is
+// held so that infinity gives 0 too.
 BLIP_TRACE_INLINE Vec gelu_of(Vec x) {
   const Vec positive = x > 0.0f ? x : Vec{};
   const Vec a = -maximum(splat(-14.0f), -maximum(x, -x));

@@ -45,13 +45,15 @@ const T* const_data(const OptionalTensor& x) {
 void check_matrix(const char* op, const char* name, const Tensor& x);
 
 // `x` is like `like` in type and device, and has the sizes given.
-void check_like(const char* op, const char* name, const Tensor& x, const Tensor& like, at::IntArrayRef sizes);
+void check_like(const char* op, const char* name, const Tensor& x, const Tensor& like,
+                at::IntArrayRef sizes);
 
 // `rows` is a vector of int32 row numbers below `limit`.
 void check_rows(const char* op, const char* name, const Tensor& rows, std::int64_t limit);
 
 // `starts` is a vector of int32 that rises from 0 to `total`; returns the number of parts.
-std::int64_t check_starts(const char* op, const char* name, const Tensor& starts, std::int64_t total);
+std::int64_t check_starts(const char* op, const char* name, const Tensor& starts,
+                          std::int64_t total);
 
 inline std::optional<Tensor> contiguous(const OptionalTensor& x) {
   return x ? std::optional<Tensor>(x->contiguous()) : std::nullopt;

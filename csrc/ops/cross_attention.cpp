@@ -1,5 +1,6 @@
-// cross_attention: many query rows on few sets of states. A group's states are projected to keys and values,
-// or the projections are absorbed into the query and the weighted sum, whichever is the smaller product.
+// cross_attention: many query rows on few sets of states. A group's states are projected to keys
+// and values, or the projections are absorbed into the query and the weighted sum, whichever is the
+// smaller product.
 #include <cmath>
 
 #include "attention.h"
@@ -40,50 +41,54 @@ void project(const Args& a, const Group& g, Tensor& out) {
   });
 }
 
-// c = a times one packed matrix a head. Strides are between rows; a head's columns begin at h * columns.
+// c = a times a matrix for each head. Strides are between rows; head h has columns h * k of a and h
+// * n of c.
 template <class A, class C>
-void multiply_heads(const A* a, std::int64_t a_stride, std::int64_t rows, const float* packed, std::int64_t k,
-                    std::int64_t n, C* c, std::int64_t c_stride, std::int64_t heads) {
+void multiply_heads(const A* a, std::int64_t a_stride, std::int64_t rows,
+                    const std::vector<cpu::Panels>& right, C* c, std::int64_t c_stride) {
   constexpr std::int64_t step = 48;
   const cpu::Kernels& kernels = cpu::kernels();
-  const std::int64_t blocks = (rows + step - 1) / step;
-  at::parallel_for(0, heads * blocks, grain(2 * k * n * std::min(step, rows)), [&](std::int64_t begin, std::int64_t end) {
-    float* work = scratch(kernels.product_scratch(step, k, n));
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t h = i / blocks, first = i % blocks * step;
-      kernels.product<A, C>().multiply(a + first * a_stride + h * k, a_stride, std::min(step, rows - first),
-                                       {packed + h * kernels.packed_size(k, n), k, n},
-                                       c + first * c_stride + h * n, c_stride, work);
-    }
-  });
+  const std::int64_t blocks = (rows + step - 1) / step,
+                     heads = static_cast<std::int64_t>(right.size());
+  const std::int64_t k = right.front().k, n = right.front().n;
+  at::parallel_for(0, heads * blocks, grain(2 * k * n * std::min(step, rows)),
+                   [&](std::int64_t begin, std::int64_t end) {
+                     float* work = scratch(kernels.product_scratch(step, k, n));
+                     for (std::int64_t i = begin; i < end; ++i) {
+                       const std::int64_t h = i / blocks, first = i % blocks * step;
+                       kernels.product<A, C>().multiply(
+                           a + first * a_stride + h * k, a_stride, std::min(step, rows - first),
+                           right[h], c + first * c_stride + h * n, c_stride, work);
+                     }
+                   });
 }
 
 // Consecutive groups, together at most `rows` query rows (or one group).
 template <class T>
 void absorb(const Args& a, const std::vector<Group>& groups, Tensor& out) {
   const cpu::Kernels& kernels = cpu::kernels();
-  const auto& pack = kernels.pack<T>();
-  const std::int64_t first = groups.front().query, rows = groups.back().query + groups.back().n - first;
+  const std::int64_t first = groups.front().query,
+                     rows = groups.back().query + groups.back().n - first;
   const std::int64_t wide = a.heads * a.width;
   const auto floats = at::TensorOptions(at::kFloat);
   const std::int64_t head_size =
       std::max(kernels.packed_size(a.size, a.width), kernels.packed_size(a.width, a.size));
   const Tensor weights = at::empty({a.heads * head_size}, floats);
   const Tensor absorbed = at::empty({rows, wide}, floats);
-  float* packed = data<float>(weights);
+  std::vector<cpu::Panels> right(static_cast<std::size_t>(a.heads));
   float* mixed = data<float>(absorbed);
 
   const auto for_heads = [&](auto f) {
-    at::parallel_for(0, a.heads, grain(a.size * a.width * 4), [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t h = begin; h < end; ++h) f(h);
-    });
+    at::parallel_for(0, a.heads, grain(a.size * a.width * 4),
+                     [&](std::int64_t begin, std::int64_t end) {
+                       for (std::int64_t h = begin; h < end; ++h) f(h);
+                     });
   };
   for_heads([&](std::int64_t h) {
-    pack.pack(const_data<T>(a.key_weight) + h * a.size * a.width, a.width, a.size, a.width,
-              packed + h * kernels.packed_size(a.size, a.width));
+    right[h] = kernels.panels(const_data<T>(a.key_weight) + h * a.size * a.width, a.width, a.size,
+                              a.width, rows, data<float>(weights) + h * head_size);
   });
-  multiply_heads(const_data<T>(a.query) + first * a.channels, a.channels, rows, packed, a.size, a.width, mixed,
-                 wide, a.heads);
+  multiply_heads(const_data<T>(a.query) + first * a.channels, a.channels, rows, right, mixed, wide);
 
   std::vector<AttentionJob<float, T>> jobs;
   for (const Group& g : groups) {
@@ -95,10 +100,12 @@ void absorb(const Args& a, const std::vector<Group>& groups, Tensor& out) {
   attend(jobs, {a.width, a.width, a.width, a.width, a.width, a.scale, false});
 
   for_heads([&](std::int64_t h) {
-    pack.pack_transposed(const_data<T>(a.value_weight) + h * a.size * a.width, a.width, a.width, a.size,
-                         packed + h * kernels.packed_size(a.width, a.size));
+    float* packed = data<float>(weights) + h * head_size;
+    kernels.pack<T>().pack_transposed(const_data<T>(a.value_weight) + h * a.size * a.width, a.width,
+                                      a.width, a.size, packed);
+    right[h] = {packed, a.width, a.size};
   });
-  multiply_heads(mixed, wide, rows, packed, a.width, a.size, data<T>(out) + first * a.channels, a.channels, a.heads);
+  multiply_heads(mixed, wide, rows, right, data<T>(out) + first * a.channels, a.channels);
 }
 
 template <class T>
@@ -120,8 +127,8 @@ void run(const Args& a, const std::vector<Group>& groups, Tensor& out) {
 }
 
 Tensor cross_attention(const Tensor& query, const Tensor& states, const Tensor& key_weight,
-                       const Tensor& value_weight, const Tensor& query_starts, const Tensor& state_starts,
-                       std::int64_t heads) {
+                       const Tensor& value_weight, const Tensor& query_starts,
+                       const Tensor& state_starts, std::int64_t heads) {
   constexpr const char* op = "cross_attention";
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_matrix(op, "query", query);
@@ -130,12 +137,14 @@ Tensor cross_attention(const Tensor& query, const Tensor& states, const Tensor& 
   check_like(op, "states", states, query, states.sizes());
   check_like(op, "key_weight", key_weight, query, {channels, width});
   check_like(op, "value_weight", value_weight, query, {channels, width});
-  TORCH_CHECK_VALUE(heads > 0 && channels % heads == 0, "blip_trace::cross_attention: a query of width ", channels,
+  TORCH_CHECK_VALUE(heads > 0 && channels % heads == 0,
+                    "blip_trace::cross_attention: a query of width ", channels,
                     " does not divide into ", heads, " heads.");
   const std::int64_t parts = check_starts(op, "query_starts", query_starts, query.size(0));
   TORCH_CHECK_VALUE(check_starts(op, "state_starts", state_starts, states.size(0)) == parts,
-                    "blip_trace::cross_attention: query_starts marks ", parts, " groups and state_starts ",
-                    state_starts.numel() - 1, "; there must be as many of each.");
+                    "blip_trace::cross_attention: query_starts marks ", parts,
+                    " groups and state_starts ", state_starts.numel() - 1,
+                    "; there must be as many of each.");
 
   const auto* q = const_data<std::int32_t>(query_starts);
   const auto* s = const_data<std::int32_t>(state_starts);
@@ -143,13 +152,20 @@ Tensor cross_attention(const Tensor& query, const Tensor& states, const Tensor& 
   groups.reserve(static_cast<std::size_t>(parts));
   for (std::int64_t g = 0; g < parts; ++g) {
     if (q[g] == q[g + 1]) continue;
-    TORCH_CHECK_INDEX(s[g] < s[g + 1], "blip_trace::cross_attention: group ", g, " has query rows but no states.");
+    TORCH_CHECK_INDEX(s[g] < s[g + 1], "blip_trace::cross_attention: group ", g,
+                      " has query rows but no states.");
     groups.push_back({q[g], q[g + 1] - q[g], s[g], s[g + 1] - s[g]});
   }
   const std::int64_t size = channels / heads;
-  const Args args{query.contiguous(),        states.contiguous(), key_weight.contiguous(),
-                  value_weight.contiguous(), heads,               channels,
-                  size,                      width,               1.0f / std::sqrt(static_cast<float>(size))};
+  const Args args{query.contiguous(),
+                  states.contiguous(),
+                  key_weight.contiguous(),
+                  value_weight.contiguous(),
+                  heads,
+                  channels,
+                  size,
+                  width,
+                  1.0f / std::sqrt(static_cast<float>(size))};
   Tensor out = at::empty({query.size(0), channels}, query.options());
   with_type(query, [&](auto element) { run<decltype(element)>(args, groups, out); });
   return out;

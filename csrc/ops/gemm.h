@@ -6,16 +6,22 @@
 
 namespace blip_trace::ops {
 
-// x [rows, K] times weight [M, K] transposed. The result is of the inputs' type or, for bfloat16 taken
-// through float32, the float32 one, still unrounded.
+// Whether the products of `x` are bfloat16 ones taken through float32.
+bool through_float(const Tensor& x);
+
+// Of such a product: `out` [rows, M], bfloat16 or float32, = x times weight [M, K] transposed, plus
+// bias, through GELU. A part of the weight is converted at a time, and used while it is in the
+// cache.
+void linear_through_float(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                          bool gelu, Tensor& out);
+
+// x [rows, K] times weight [M, K] transposed. The result is of the inputs' type or, for bfloat16
+// taken through float32, the float32 one, still unrounded.
 Tensor product(const Tensor& x, const Tensor& weight);
 
-// The same with `bias` [M] for the caller to add, unless the result is already rounded to bfloat16: then it
-// is added before the rounding, and taken out of `bias`.
+// The same with `bias` [M] for the caller to add, unless the result is already rounded to bfloat16:
+// then it is added before the rounding, and taken out of `bias`.
 Tensor product(const Tensor& x, const Tensor& weight, OptionalTensor& bias);
-
-// `x` in float32.
-Tensor to_float(const Tensor& x);
 
 // Calls f(In, Out) with the element types of a product and of what its op returns.
 template <class F>

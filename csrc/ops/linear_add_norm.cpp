@@ -1,5 +1,5 @@
-// linear_add_norm: the end of a sublayer. Projection, residual stream and LayerNorm; the rows that go on are
-// gathered on the way, which is how runs fork and how states are restored.
+// linear_add_norm: the end of a sublayer. Projection, residual stream and LayerNorm; the rows that
+// go on are gathered on the way, which is how runs fork and how states are restored.
 #include <tuple>
 
 #include "gemm.h"
@@ -9,9 +9,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_add_norm(const Tensor& x_in, const Tensor& weight_in,
                                            const OptionalTensor& bias_in, const Tensor& residual_in,
-                                           const OptionalTensor& residual_rows, const OptionalTensor& update_rows,
-                                           const Tensor& norm_weight_in, const Tensor& norm_bias_in, double eps,
-                                           bool return_sum) {
+                                           const OptionalTensor& residual_rows,
+                                           const OptionalTensor& update_rows,
+                                           const Tensor& norm_weight_in, const Tensor& norm_bias_in,
+                                           double eps, bool return_sum) {
   constexpr const char* op = "linear_add_norm";
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_matrix(op, "x", x_in);
@@ -26,8 +27,9 @@ std::tuple<Tensor, Tensor> linear_add_norm(const Tensor& x_in, const Tensor& wei
   if (update_rows) check_rows(op, "update_rows", *update_rows, x_in.size(0));
   const std::int64_t rows = residual_rows ? residual_rows->numel() : residual_in.size(0);
   const std::int64_t updates = update_rows ? update_rows->numel() : x_in.size(0);
-  TORCH_CHECK_VALUE(rows == updates, "blip_trace::linear_add_norm: ", rows, " rows of the residual stream meet ",
-                    updates, " updates; there must be as many of each.");
+  TORCH_CHECK_VALUE(rows == updates, "blip_trace::linear_add_norm: ", rows,
+                    " rows of the residual stream meet ", updates,
+                    " updates; there must be as many of each.");
 
   const Tensor x = x_in.contiguous(), residual = residual_in.contiguous();
   const Tensor norm_weight = norm_weight_in.contiguous(), norm_bias = norm_bias_in.contiguous();
@@ -60,7 +62,8 @@ std::tuple<Tensor, Tensor> linear_add_norm(const Tensor& x_in, const Tensor& wei
 
 TORCH_LIBRARY_FRAGMENT(blip_trace, m) {
   m.def(
-      "linear_add_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? residual_rows, "
+      "linear_add_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? "
+      "residual_rows, "
       "Tensor? update_rows, Tensor norm_weight, Tensor norm_bias, float eps, bool return_sum) "
       "-> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});

@@ -9,17 +9,20 @@ Tensor linear_gelu(const Tensor& x_in, const Tensor& weight_in, const Tensor& bi
   check_matrix("linear_gelu", "x", x_in);
   check_like("linear_gelu", "weight", weight_in, x_in, {weight_in.size(0), x_in.size(1)});
   check_like("linear_gelu", "bias", bias_in, x_in, {weight_in.size(0)});
-  const Tensor x = x_in.contiguous();
+  const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
   OptionalTensor bias = bias_in.contiguous();
-  const Tensor y = product(x, weight_in.contiguous(), bias);
-  Tensor out = y.scalar_type() == x.scalar_type() ? y : at::empty(y.sizes(), x.options());
-  const std::int64_t cols = y.size(1);
-  with_types(y, out, [&](auto in, auto result) {
-    using In = decltype(in);
-    using Out = decltype(result);
-    for_rows(y.size(0), cols, 16, [&](std::int64_t begin, std::int64_t end) {
-      cpu::kernels().rows<In, Out>().add_bias_gelu(const_data<In>(y) + begin * cols, const_data<Out>(bias),
-                                                   data<Out>(out) + begin * cols, end - begin, cols);
+  if (through_float(x)) {
+    Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+    linear_through_float(x, weight, bias, true, out);
+    return out;
+  }
+  Tensor out = product(x, weight, bias);
+  const std::int64_t cols = out.size(1);
+  with_type(out, [&](auto element) {
+    using T = decltype(element);
+    for_rows(out.size(0), cols, 16, [&](std::int64_t begin, std::int64_t end) {
+      cpu::kernels().gelu<T>().add_bias_gelu(const_data<T>(bias), data<T>(out) + begin * cols,
+                                             end - begin, cols);
     });
   });
   return out;
@@ -28,7 +31,8 @@ Tensor linear_gelu(const Tensor& x_in, const Tensor& weight_in, const Tensor& bi
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(blip_trace, m) {
-  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(blip_trace, CPU, m) { m.impl("linear_gelu", linear_gelu); }

@@ -11,8 +11,9 @@ namespace {
 Tensor self_attention(const Tensor& qkv_in, const Tensor& starts, std::int64_t heads, bool causal) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_matrix("self_attention", "qkv", qkv_in);
-  TORCH_CHECK_VALUE(heads > 0 && qkv_in.size(1) % (3 * heads) == 0, "blip_trace::self_attention: qkv of width ",
-                    qkv_in.size(1), " does not hold queries, keys and values of ", heads, " heads.");
+  TORCH_CHECK_VALUE(heads > 0 && qkv_in.size(1) % (3 * heads) == 0,
+                    "blip_trace::self_attention: qkv of width ", qkv_in.size(1),
+                    " does not hold queries, keys and values of ", heads, " heads.");
   const std::int64_t runs = check_starts("self_attention", "starts", starts, qkv_in.size(0));
   const Tensor qkv = qkv_in.contiguous();
   const std::int64_t channels = qkv.size(1) / 3, size = channels / heads;

@@ -1,5 +1,5 @@
-// token_logits: logits of chosen tokens and the log-sum-exp over the vocabulary, block by block, so that the
-// logits of all words are never in memory at once.
+// token_logits: logits of chosen tokens and the log-sum-exp over the vocabulary, block by block, so
+// that the logits of all words are never in memory at once.
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -12,23 +12,26 @@ namespace {
 
 float value_of(float x) { return x; }
 
-float value_of(bf16 x) { return static_cast<float>(c10::BFloat16(x.bits, c10::BFloat16::from_bits())); }
+float value_of(bf16 x) {
+  return static_cast<float>(c10::BFloat16(x.bits, c10::BFloat16::from_bits()));
+}
 
 constexpr std::int64_t block_bytes = 4 << 20;
 
 void check_tokens(const Tensor& tokens, std::int64_t rows, std::int64_t vocabulary) {
-  TORCH_CHECK_VALUE(tokens.scalar_type() == at::kLong && tokens.dim() == 2 && tokens.size(0) == rows,
-                    "blip_trace::token_logits: tokens must be int64 [", rows, ", K], but it is ",
-                    tokens.scalar_type(), " ", tokens.sizes(), ".");
+  TORCH_CHECK_VALUE(
+      tokens.scalar_type() == at::kLong && tokens.dim() == 2 && tokens.size(0) == rows,
+      "blip_trace::token_logits: tokens must be int64 [", rows, ", K], but it is ",
+      tokens.scalar_type(), " ", tokens.sizes(), ".");
   const auto* values = const_data<std::int64_t>(tokens);
   for (std::int64_t i = 0; i < tokens.numel(); ++i) {
-    TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < vocabulary, "blip_trace::token_logits: token ", values[i],
-                      " is out of range for a vocabulary of ", vocabulary, ".");
+    TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < vocabulary, "blip_trace::token_logits: token ",
+                      values[i], " is out of range for a vocabulary of ", vocabulary, ".");
   }
 }
 
-std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& weight_in, const Tensor& bias_in,
-                                        const Tensor& tokens_in) {
+std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& weight_in,
+                                        const Tensor& bias_in, const Tensor& tokens_in) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   check_matrix("token_logits", "hidden", hidden_in);
   const std::int64_t rows = hidden_in.size(0), vocabulary = weight_in.size(0);
@@ -36,15 +39,18 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& w
   check_like("token_logits", "bias", bias_in, hidden_in, {vocabulary});
   const Tensor tokens = tokens_in.contiguous();
   check_tokens(tokens, rows, vocabulary);
-  const Tensor hidden = hidden_in.contiguous(), weight = weight_in.contiguous(), bias = bias_in.contiguous();
+  const Tensor hidden = hidden_in.contiguous(), weight = weight_in.contiguous(),
+               bias = bias_in.contiguous();
   const std::int64_t chosen = tokens.size(1);
   const auto options = hidden.options().dtype(at::kFloat);
   Tensor logits = at::empty({rows, chosen}, options), log_sum_exp = at::empty({rows}, options);
-  std::vector<float> maxima(static_cast<std::size_t>(rows), -std::numeric_limits<float>::infinity());
+  std::vector<float> maxima(static_cast<std::size_t>(rows),
+                            -std::numeric_limits<float>::infinity());
   std::vector<float> sums(static_cast<std::size_t>(rows), 0.0f);
 
   // Wide enough for the matrix product to run at its full rate, whatever the number of rows.
-  const std::int64_t step = std::clamp<std::int64_t>(block_bytes / 4 / std::max<std::int64_t>(1, rows), 512, 8192);
+  const std::int64_t step =
+      std::clamp<std::int64_t>(block_bytes / 4 / std::max<std::int64_t>(1, rows), 512, 8192);
   const auto* token = const_data<std::int64_t>(tokens);
   for (std::int64_t first = 0; first < vocabulary; first += step) {
     const std::int64_t words = std::min(step, vocabulary - first);
@@ -69,9 +75,8 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& w
     });
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    data<float>(log_sum_exp)[r] = std::isinf(maxima[r]) && !std::isnan(sums[r])
-                                      ? maxima[r]
-                                      : maxima[r] + std::log(sums[r]);
+    data<float>(log_sum_exp)[r] =
+        std::isinf(maxima[r]) && !std::isnan(sums[r]) ? maxima[r] : maxima[r] + std::log(sums[r]);
   }
   return {logits, log_sum_exp};
 }
@@ -79,8 +84,9 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& w
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(blip_trace, m) {
-  m.def("token_logits(Tensor hidden, Tensor weight, Tensor bias, Tensor tokens) -> (Tensor, Tensor)",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "token_logits(Tensor hidden, Tensor weight, Tensor bias, Tensor tokens) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(blip_trace, CPU, m) { m.impl("token_logits", token_logits); }
