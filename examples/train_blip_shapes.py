@@ -127,7 +127,7 @@ def picture_size(rng: Random) -> int | tuple[int, int]:
     return max(IMAGE_SIZE, round(height * rng.uniform(0.6, 1.7))), height
 
 
-def make_batch(name: str, scenes: range, processor: BlipProcessor) -> Batch:
+def make_batch(name: str, scenes: range, processor: BlipProcessor, *, count_shapes: bool = False) -> Batch:
     """Draw scenes number `scenes` of the stream that `name` seeds."""
     tokenizer = processor.tokenizer
     images: list[Image.Image] = []
@@ -135,7 +135,7 @@ def make_batch(name: str, scenes: range, processor: BlipProcessor) -> Batch:
     for number in scenes:
         rng = Random(f"{name}/{number}")
         scene = random_scene(rng)
-        asked.append(questions(scene, rng))
+        asked.append(questions(scene, rng, count_shapes=count_shapes))
         photo = name.startswith("photograph")
         images.append(photograph(scene, (800, 600)) if photo else scene.render(picture_size(rng)))
 
@@ -300,7 +300,7 @@ def train(args: argparse.Namespace) -> None:
     def loss_at(step: int) -> Tensor:
         # Every scene is new: the stream never repeats, and its name keeps it apart from the held-out ones.
         scenes = range(step * args.scenes, (step + 1) * args.scenes)
-        batch = make_batch(f"train-{args.seed}", scenes, processor)
+        batch = make_batch(f"train-{args.seed}", scenes, processor, count_shapes=True)
         return batch_loss(model, batch, processor.tokenizer.pad_token_id)
 
     def check(done: int) -> None:
@@ -312,8 +312,8 @@ def train(args: argparse.Namespace) -> None:
     optimize(list(model.parameters()), args.lr, args.steps, loss_at, check)
     model.save_pretrained(args.out)
     seconds = round(time.perf_counter() - began)
-    # The numbers are those of the folder, as users load it. Each seed has its own held-out scenes: those of an
-    # earlier run may have decided that this one was needed.
+    # The numbers are those of the folder, as users load it. Each seed has its own held-out scenes: those of
+    # an earlier run may have decided that this one was needed.
     model = BlipForQuestionAnswering.from_pretrained(args.out)
     report = {
         "scenes": args.held_out,
