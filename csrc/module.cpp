@@ -15,6 +15,11 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = BLIP_TRACE_COMPILER;
   info["torch"] = BLIP_TRACE_TORCH_VERSION;
+#ifdef _OPENMP
+  info["threads"] = "OpenMP";
+#else
+  info["threads"] = "none";
+#endif
   info["cpu_capabilities"] = cpu::built_capabilities();
   return info;
 }
@@ -27,7 +32,7 @@ void set_cpu_capability(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", build_info, "Compiler, torch version and instruction sets of this build.");
+  m.def("build_info", build_info, "Compiler, torch version, threads and instruction sets of this build.");
   m.def("cpu_capability", [] { return cpu::kernels().name; }, "The instruction set in use.");
   m.def("available_cpu_capabilities", cpu::available_capabilities, "Those this processor runs.");
   m.def("set_cpu_capability", set_cpu_capability, "Chooses an instruction set; for tests.");

@@ -312,3 +312,9 @@ def test_extension_for_another_torch_is_explained(monkeypatch: pytest.MonkeyPatc
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="'native' and 'reference'"):
         ops.get_ops("cuda")
+
+
+def test_kernels_are_compiled_for_torch_s_threads() -> None:
+    # at::parallel_for is a plain loop in a build without OpenMP, and nothing but time would tell
+    assert extension is not None
+    assert extension.build_info()["threads"] == ("OpenMP" if "OpenMP" in torch.__config__.parallel_info() else "none")

@@ -3,6 +3,9 @@
 // smaller product.
 #include <cmath>
 
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/mm.h>
+
 #include "attention.h"
 #include "gemm.h"
 
@@ -63,6 +66,18 @@ void multiply_heads(const A* a, std::int64_t a_stride, std::int64_t rows,
                    });
 }
 
+// On a whole image's states one group fills a GEMM, and GEMMs use all threads where the kernel, which
+// takes a group as one head, packs the states on one.
+constexpr std::int64_t many_states = 128;
+
+// Replaces absorbed queries [n, H * D] by the weighted sums of the group's states.
+void attend_by_gemm(const Args& a, const Group& g, const Tensor& absorbed) {
+  Tensor rows = absorbed.view({g.n * a.heads, a.width});
+  const Tensor states = a.states.narrow(0, g.state, g.m).to(at::kFloat);
+  const Tensor scores = at::mm(rows, states.t()).mul_(a.scale);
+  at::mm_out(rows, at::_softmax(scores, 1, false), states);
+}
+
 // Consecutive groups, together at most `rows` query rows (or one group).
 template <class T>
 void absorb(const Args& a, const std::vector<Group>& groups, Tensor& out) {
@@ -93,6 +108,10 @@ void absorb(const Args& a, const std::vector<Group>& groups, Tensor& out) {
   std::vector<AttentionJob<float, T>> jobs;
   for (const Group& g : groups) {
     if (g.n == 0) continue;
+    if (g.m >= many_states) {
+      attend_by_gemm(a, g, absorbed.narrow(0, g.query - first, g.n));
+      continue;
+    }
     const T* states = const_data<T>(a.states) + g.state * a.width;
     float* rows_of_group = mixed + (g.query - first) * wide;
     jobs.push_back({rows_of_group, g.n * a.heads, states, states, g.m, rows_of_group});
