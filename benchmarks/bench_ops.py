@@ -22,9 +22,6 @@ from blip_trace import ops
 
 Work = Callable[[], object]
 CASES: list[tuple[str, str, Callable[[torch.dtype], tuple[Work, Work]]]] = []
-pytestmark = pytest.mark.skipif(
-    ops.native_unavailable_reason() is not None, reason=str(ops.native_unavailable_reason())
-)
 
 
 def native() -> ops.OpSet:
