@@ -73,7 +73,7 @@ def print_comparison(
 ) -> None:
     """The two ways' times, and the largest difference between their maps."""
     cells = sum(maps[0].numel() for maps in fast.restored.values())
-    difference = max(float((fast.restored[name] - slow.restored[name]).abs().max()) for name in fast.restored)
+    difference = max(float((fast.grid(*name) - slow.grid(*name)).abs().max()) for name in fast.restored)
     console.print(
         f"[bold]{times[1] / times[0]:.0f} × faster[/bold] than the loop over hooks: "
         f"{1e3 * times[0]:.0f} ms ({fast.settings['backend']}) against {1e3 * times[1]:.0f} ms (hooks) "
