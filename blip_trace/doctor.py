@@ -11,6 +11,12 @@ from rich.table import Table
 
 from .ops import extension, native_unavailable_reason
 
+PRODUCTS = {
+    "torch": "torch's",
+    "own": "the extension's own",
+    "widened": "the extension's own, through float32",
+}
+
 
 def report() -> dict[str, dict[str, str]]:
     """Facts by section: versions, build, processor, backends."""
@@ -65,11 +71,9 @@ def _processor() -> dict[str, str]:
     built = extension()
     facts = {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     if built is not None:
-        native = built.native_bf16_products()
         facts["instruction set in use"] = built.cpu_capability()
-        facts["bfloat16 products"] = (
-            "native" if native else "through float32: the processor has none of its own"
-        )
+        for dtype, way in built.products().items():
+            facts[f"{dtype} products"] = PRODUCTS[way]
     return facts
 
 

@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/capability.h"
-#include "ops/bf16.h"
+#include "ops/products.h"
 
 namespace py = pybind11;
 using namespace blip_trace;
@@ -29,6 +29,13 @@ void set_cpu_capability(const std::string& name) {
     throw py::value_error("this processor does not run the build '" + name + "'");
 }
 
+py::dict products() {
+  py::dict ways;
+  ways["float32"] = ops::name_of(ops::float32_way());
+  ways["bfloat16"] = ops::name_of(ops::bfloat16_way());
+  return ways;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -36,9 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return cpu::kernels().name; }, "The instruction set in use.");
   m.def("available_cpu_capabilities", cpu::available_capabilities, "Those this processor runs.");
   m.def("set_cpu_capability", set_cpu_capability, "Chooses an instruction set; for tests.");
-  m.def("has_bf16_products", cpu::has_bf16_products, "Whether the processor multiplies bfloat16.");
-  m.def("native_bf16_products", ops::native_bf16_products,
-        "Whether bfloat16 products are native or through float32.");
-  m.def("set_native_bf16_products", ops::set_native_bf16_products,
-        "Chooses that; None: as the processor; for tests.");
+  m.def("products", products, "Who takes the products of each type: torch, own, or widened.");
+  m.def("force_products", ops::force_way,
+        "Takes all products that way, where the kernels have it; None: as the processor; for tests.");
 }

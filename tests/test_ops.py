@@ -17,9 +17,9 @@ from blip_trace import doctor, ops, reference
 extension = ops.extension()
 CAPABILITIES = extension.available_cpu_capabilities() if extension else ["none"]
 TYPES = [
-    pytest.param((torch.float32, None), id="float32"),
-    pytest.param((torch.bfloat16, False), id="bfloat16-through-float32"),
-    pytest.param((torch.bfloat16, True), id="bfloat16-native"),
+    pytest.param(dtype, way, id=f"{dtype}-{way}".removeprefix("torch."))
+    for dtype, ways in {torch.float32: ("torch", "own"), torch.bfloat16: ("torch", "own", "widened")}.items()
+    for way in ways
 ]
 Make = Callable[[], tuple[Any, ...]]
 CASES: list[tuple[str, str, Make]] = []
@@ -151,7 +151,7 @@ def native() -> Iterator[ops.OpSet]:
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
     extension.set_cpu_capability(chosen)
-    extension.set_native_bf16_products(None)
+    extension.force_products(None)
 
 
 every_case = pytest.mark.parametrize(
@@ -161,13 +161,12 @@ every_case = pytest.mark.parametrize(
 
 @every_case
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("dtype", "way"), TYPES)
 def test_as_near_to_float64_as_the_reference(
-    native: ops.OpSet, op: str, make: Make, capability: str, kind: tuple[torch.dtype, bool | None]
+    native: ops.OpSet, op: str, make: Make, capability: str, dtype: torch.dtype, way: str
 ) -> None:
-    dtype, through = kind
     extension.set_cpu_capability(capability)
-    extension.set_native_bf16_products(through)
+    extension.force_products(way)
     args = cast(make(), dtype)
     exact = call(reference, op, cast(tuple(args), torch.float64))
     plain = call(reference, op, args)

@@ -23,7 +23,8 @@ from blip_trace.scenes import Question, questions, random_scene
 from blip_trace.sites import KINDS, grid_cells
 
 STACKS = ("text_encoder", "text_decoder")
-TOLERANCE = 1e-5  # the Hugging Face model's own float32 error against float64 was seen to reach 3e-6
+TOLERANCE = 1e-5
+WINDOWS = (1, 3, 10)
 ENGINES = ("native", "reference")
 
 
@@ -95,42 +96,50 @@ def largest_difference(one: TraceResult, other: TraceResult) -> float:
     )
 
 
-def assert_agree(ours: TraceResult, truth: TraceResult, tolerance: float) -> None:
-    """The maps differ by at most `tolerance`, and could not do so by accident."""
+def assert_spread(truth: TraceResult, tolerance: float) -> None:
+    """Maps as far apart as these cannot agree by accident."""
     for stack in STACKS:
         cells = torch.cat([cells.flatten() for (owner, _), cells in truth.restored.items() if owner == stack])
         assert cells.max() - cells.min() >= max(100 * tolerance, 1e-3)
-    assert largest_difference(ours, truth) <= tolerance
+
+
+def assert_agree(ours: TraceResult, truth: TraceResult, *theirs: tuple[TraceResult, TraceResult]) -> None:
+    """Ours differ from the float64 hooks by at most 1e-5 or, where the model's own float32 rounding is that
+    large already (1.8e-5 was seen on noisy images), by at most twice what the float32 hooks do. `theirs`:
+    pairs of a float32 and a float64 result of the hooks."""
+    allowed = max(TOLERANCE, 2 * max(largest_difference(*pair) for pair in theirs))
+    assert allowed <= 5 * TOLERANCE
+    assert_spread(truth, allowed)
+    assert largest_difference(ours, truth) <= allowed
 
 
 @pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("window", [1, 3, 10])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ENGINES)
 def test_every_stack_and_kind(backend: str, window: int, samples: int) -> None:
-    # a draw is the same however many are drawn, so three of the slow runs serve both cases
-    truth = first_samples(traced("hooks", window=window), samples)
-    assert_agree(traced(backend, window=window, samples=samples), truth, TOLERANCE)
+    # A draw is the same however many are drawn, so three of the slow runs serve both cases. Rounding in the
+    # sample that is nearest to tipping over decides all errors, so the model's own is that of all windows.
+    theirs = [(traced("hooks", window=w), traced("hooks", "float64", window=w)) for w in WINDOWS]
+    truth = first_samples(traced("hooks", "float64", window=window), samples)
+    assert_agree(traced(backend, window=window, samples=samples), truth, *theirs)
 
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_answers_of_several_tokens(backend: str) -> None:
-    truth = traced("hooks", kind="position", scored=True)
+    truth, theirs = (traced("hooks", dtype, kind="position", scored=True) for dtype in ("float64", "float32"))
     assert len(truth.answer_ids) > 1
     assert truth.grid("text_decoder", "hidden").shape[0] == len(truth.answer_ids)
-    assert_agree(traced(backend, kind="position", scored=True), truth, TOLERANCE)
+    assert_agree(traced(backend, kind="position", scored=True), truth, (theirs, truth))
 
 
 @pytest.mark.parametrize("length", [3, 4, 7, 13, 20])
 @pytest.mark.parametrize("backend", ENGINES)
 def test_questions_of_any_length(backend: str, length: int) -> None:
-    # on questions that mean nothing the model's own rounding may pass 1e-5: the tolerance is derived from it
-    truth, theirs, ours = (
+    ours, truth, theirs = (
         traced(name, dtype, length=length, kinds=("hidden", "cross_attn"))
-        for name, dtype in (("hooks", "float64"), ("hooks", "float32"), (backend, "float32"))
+        for name, dtype in ((backend, "float32"), ("hooks", "float64"), ("hooks", "float32"))
     )
-    allowed = 2 * largest_difference(theirs, truth)
-    assert allowed <= 5 * TOLERANCE
-    assert_agree(ours, truth, max(allowed, TOLERANCE))
+    assert_agree(ours, truth, (theirs, truth))
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -171,7 +180,10 @@ def test_a_packed_batch_gives_the_numbers_of_one_question_at_a_time(backend: str
     noise = GaussianNoise(samples=2)
     together = tracer(backend).trace_batch(pairs, corruption=noise)
     for pair, packed in zip(pairs, together, strict=True):
-        assert_agree(packed, tracer("hooks").trace(*pair, corruption=noise), TOLERANCE)
+        truth, theirs = (
+            tracer("hooks", dtype).trace(*pair, corruption=noise) for dtype in ("float64", "float32")
+        )
+        assert_agree(packed, truth, (theirs, truth))
 
 
 def test_padding_changes_nothing() -> None:
@@ -192,7 +204,8 @@ def test_a_memory_budget_splits_the_pass_and_keeps_the_numbers(
     monkeypatch.setattr(engine, "_run", lambda *args: passes.append(args) or run(*args))
     split = traced(backend, memory=2**20)
     assert len(passes) > 10
-    assert_agree(split, traced("hooks"), TOLERANCE)
+    truth = traced("hooks", "float64")
+    assert_agree(split, truth, (traced("hooks"), truth))
 
 
 def test_thread_count_keeps_the_numbers() -> None:

@@ -18,12 +18,22 @@ struct Build {
 bool always() { return true; }
 
 #if defined(__x86_64__)
+// A bit that CPUID returns: leaf 7 and its subleaf; registers count from eax.
+bool has_feature(unsigned subleaf, unsigned which, unsigned bit) {
+  unsigned registers[4] = {};
+  return __get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2],
+                           &registers[3]) &&
+         (registers[which] >> bit & 1u);
+}
+
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512_bf16() { return has_avx512() && has_feature(1, 0, 5); }
 #endif
 
 // From the plainest to the best.
@@ -32,6 +42,7 @@ constexpr Build builds[] = {
 #if defined(__x86_64__)
     {isa_avx2::table, has_avx2},
     {isa_avx512::table, has_avx512},
+    {isa_avx512_bf16::table, has_avx512_bf16},
 #endif
 };
 
@@ -79,14 +90,17 @@ bool set_capability(const std::string& name) {
   return false;
 }
 
-bool has_bf16_products() {
+bool has_amx_bf16() {
 #if defined(__x86_64__)
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned avx512_bf16 = 1u << 5;  // leaf 7.1, eax
-  constexpr unsigned amx_bf16 = 1u << 22;    // leaf 7.0, edx
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if (edx & amx_bf16) return true;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & avx512_bf16);
+  return has_avx512() && has_feature(0, 3, 22);
+#else
+  return false;
+#endif
+}
+
+bool is_amd() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
 #else
   return false;
 #endif

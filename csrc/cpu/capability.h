@@ -18,8 +18,10 @@ std::vector<std::string> built_capabilities();
 // Chooses by name, for tests. Returns false for a name that is not available.
 bool set_capability(const std::string& name);
 
-// Whether the processor multiplies bfloat16 in hardware (AVX512-BF16 or AMX); without, torch's
-// bfloat16 products are several times slower than its float32 ones.
-bool has_bf16_products();
+// Whether the processor has tiles for bfloat16 products.
+bool has_amx_bf16();
+
+// Whether AMD made it.
+bool is_amd();
 
 }  // namespace blip_trace::cpu

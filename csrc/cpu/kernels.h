@@ -10,6 +10,11 @@ struct bf16 {
   std::uint16_t bits;
 };
 
+// Two bfloat16 side by side: what the processor's bfloat16 products take as one operand.
+struct Pair {
+  std::uint32_t bits;
+};
+
 // What ends a sublayer: sum[i] = residual[residual_rows[i]] + update[update_rows[i]] + bias, and
 // its LayerNorm. `In` is the type of the matrix product, `Out` that of weights and results.
 template <class In, class Out>
@@ -37,7 +42,7 @@ struct RowKernels {
   void (*log_sum_exp)(const In* x, const Out* bias, std::int64_t cols, float* max, float* sum);
 };
 
-// The right-hand side of a product: K x N floats in panels of `panel_width()` columns, each panel a
+// The right-hand side of a product: K x N words (floats, or pairs along K) in panels of `panel_width()` columns, each panel a
 // contiguous [K, width] (the last one rounded up to whole vectors with zeros). Or, not worth
 // packing, a plain matrix of whole vectors a row: then `stride` is that between its rows.
 struct Panels {
@@ -79,23 +84,24 @@ struct ProductKernels {
                    std::int64_t c_stride, float* scratch);
 };
 
-// A linear layer of bfloat16 weights on float rows x [rows, k]: out [rows, cols] = x times weight
-// [cols, k] transposed, plus bias, through GELU where that is asked for.
-template <class Out>
+// A linear layer: out [rows, cols] = x [rows, k] times weight [cols, k] transposed, plus bias,
+// through GELU where that is asked for. Sums are float32.
+template <class X, class W, class Out>
 struct Linear {
-  const float* x;
-  std::int64_t k;
-  const bf16* weight;
-  const bf16* bias;  // null: none
+  const X* x;
+  std::int64_t k;  // even, where x is bfloat16
+  const W* weight;
+  const W* bias;  // null: none
   Out* out;
   std::int64_t cols;
   bool gelu;
 };
 
-template <class Out>
+template <class X, class W, class Out>
 struct LinearKernels {
-  // A block of the result; best of whole blocks. scratch: see `linear_scratch`.
-  void (*linear)(const Linear<Out>& args, std::int64_t row_begin, std::int64_t row_end,
+  // A block of the result; best of whole blocks. scratch: see `linear_scratch`. Null: the
+  // instruction set has no such products.
+  void (*linear)(const Linear<X, W, Out>& args, std::int64_t row_begin, std::int64_t row_end,
                  std::int64_t col_begin, std::int64_t col_end, float* scratch);
 };
 
@@ -114,8 +120,11 @@ struct Kernels {
   ProductKernels<float, float> product_f32;
   ProductKernels<bf16, float> product_bf16_f32;
   ProductKernels<float, bf16> product_f32_bf16;
-  LinearKernels<float> linear_f32;
-  LinearKernels<bf16> linear_bf16;
+  LinearKernels<float, float, float> linear_f32;
+  LinearKernels<float, bf16, float> linear_wide_f32;
+  LinearKernels<float, bf16, bf16> linear_wide_bf16;
+  LinearKernels<bf16, bf16, float> linear_bf16_f32;
+  LinearKernels<bf16, bf16, bf16> linear_bf16;
   GeluKernels<float> gelu_f32;
   GeluKernels<bf16> gelu_bf16;
 
@@ -128,8 +137,8 @@ struct Kernels {
   const AttentionKernels<T>& attention() const;
   template <class A, class C>
   const ProductKernels<A, C>& product() const;
-  template <class Out>
-  const LinearKernels<Out>& linear() const;
+  template <class X, class W, class Out>
+  const LinearKernels<X, W, Out>& linear() const;
   template <class T>
   const GeluKernels<T>& gelu() const;
 
@@ -201,11 +210,23 @@ inline const ProductKernels<float, bf16>& Kernels::product() const {
 }
 
 template <>
-inline const LinearKernels<float>& Kernels::linear() const {
+inline const LinearKernels<float, float, float>& Kernels::linear() const {
   return linear_f32;
 }
 template <>
-inline const LinearKernels<bf16>& Kernels::linear() const {
+inline const LinearKernels<float, bf16, float>& Kernels::linear() const {
+  return linear_wide_f32;
+}
+template <>
+inline const LinearKernels<float, bf16, bf16>& Kernels::linear() const {
+  return linear_wide_bf16;
+}
+template <>
+inline const LinearKernels<bf16, bf16, float>& Kernels::linear() const {
+  return linear_bf16_f32;
+}
+template <>
+inline const LinearKernels<bf16, bf16, bf16>& Kernels::linear() const {
   return linear_bf16;
 }
 template <>
@@ -224,6 +245,9 @@ namespace isa_avx2 {
 const Kernels& table();
 }
 namespace isa_avx512 {
+const Kernels& table();
+}
+namespace isa_avx512_bf16 {
 const Kernels& table();
 }
 

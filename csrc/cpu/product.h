@@ -9,8 +9,9 @@ namespace blip_trace::cpu::BLIP_TRACE_ISA {
 constexpr int64_t panel_vectors = BLIP_TRACE_PANEL_VECTORS;
 constexpr int64_t panel_width = panel_vectors * width;
 constexpr int64_t tile_rows = 6;
-// A panel's part that is worked on stays in the first-level cache.
-constexpr int64_t depth_step = 96;
+// A panel's part that is worked on stays in the second-level cache, from where it is fast enough;
+// shorter ones, for the first level, cost more in reading and writing the sums.
+constexpr int64_t depth_step = 1024;
 
 BLIP_TRACE_INLINE int64_t panel_columns(int64_t n, int64_t first) {
   return min_of(panel_width, round_up(n - first, width));
@@ -63,9 +64,9 @@ BLIP_TRACE_INLINE void exchange(Vec (&rows)[width]) {
 template <class T>
 static void pack_panel_transposed(const T* source, int64_t stride, int64_t k, int64_t n,
                                   int64_t columns, float* packed) {
-  for (int64_t i = 0; i < k; i += width) {
-    const int64_t deep = min_of(width, k - i);
-    for (int64_t j = 0; j < columns; j += width) {
+  for (int64_t j = 0; j < columns; j += width) {
+    for (int64_t i = 0; i < k; i += width) {
+      const int64_t deep = min_of(width, k - i);
       Vec rows[width];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < width; ++r) {
@@ -93,57 +94,72 @@ static void pack_transposed(const T* source, int64_t stride, int64_t k, int64_t 
   }
 }
 
+BLIP_TRACE_INLINE Vec multiply_add(float a, Vec b, Vec sum) { return splat(a) * b + sum; }
+
+#if BLIP_TRACE_BF16_PRODUCTS
+BLIP_TRACE_INLINE Vec multiply_add(Pair a, Vec b, Vec sum) {
+  const __m512i both = _mm512_set1_epi32(static_cast<int>(a.bits));
+  return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                reinterpret_cast<__m512bh>(both),
+                                                reinterpret_cast<__m512bh>(b)));
+}
+#endif
+
 // c [rows, vectors * width] (+)= a [rows, k] times a panel [k, vectors * width].
-template <int rows, int vectors>
-static void tile(const float* a, int64_t a_stride, int64_t k, const float* panel,
+template <class Word, int rows, int vectors>
+static void tile(const Word* a, int64_t a_stride, int64_t k, const float* panel,
                  int64_t panel_stride, float* c, int64_t c_stride, bool add) {
-  Vec acc[rows][vectors];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vectors; ++j) acc[i][j] = add ? load(c + i * c_stride + j * width) : Vec{};
-  }
+  Vec acc[rows][vectors] = {};
   for (int64_t at = 0; at < k; ++at, panel += panel_stride) {
     Vec b[vectors];
     for (int j = 0; j < vectors; ++j) b[j] = load(panel + j * width);
     for (int i = 0; i < rows; ++i) {
-      const Vec x = splat(a[i * a_stride + at]);
-      for (int j = 0; j < vectors; ++j) acc[i][j] += x * b[j];
+      for (int j = 0; j < vectors; ++j)
+        acc[i][j] = multiply_add(a[i * a_stride + at], b[j], acc[i][j]);
     }
   }
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < vectors; ++j) store(c + i * c_stride + j * width, acc[i][j]);
+    for (int j = 0; j < vectors; ++j) {
+      float* to = c + i * c_stride + j * width;
+      store(to, add ? load(to) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 
-using Tile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
+template <class Word>
+using Tile = void (*)(const Word*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
 
-template <int vectors>
-BLIP_TRACE_INLINE Tile tile_of(int64_t rows) {
-  constexpr Tile tiles[] = {tile<1, vectors>, tile<2, vectors>, tile<3, vectors>,
-                            tile<4, vectors>, tile<5, vectors>, tile<6, vectors>};
+template <class Word, int vectors>
+BLIP_TRACE_INLINE Tile<Word> tile_of(int64_t rows) {
+  constexpr Tile<Word> tiles[] = {tile<Word, 1, vectors>, tile<Word, 2, vectors>,
+                                  tile<Word, 3, vectors>, tile<Word, 4, vectors>,
+                                  tile<Word, 5, vectors>, tile<Word, 6, vectors>};
   return tiles[rows - 1];
 }
 
-BLIP_TRACE_INLINE Tile tile_of(int64_t rows, int64_t vectors) {
+template <class Word>
+BLIP_TRACE_INLINE Tile<Word> tile_of(int64_t rows, int64_t vectors) {
   switch (vectors) {
     case 1:
-      return tile_of<1>(rows);
+      return tile_of<Word, 1>(rows);
     case 2:
-      return tile_of<2>(rows);
+      return tile_of<Word, 2>(rows);
 #if BLIP_TRACE_PANEL_VECTORS > 2
     case 3:
-      return tile_of<3>(rows);
+      return tile_of<Word, 3>(rows);
     default:
-      return tile_of<4>(rows);
+      return tile_of<Word, 4>(rows);
 #else
     default:
-      return tile_of<2>(rows);
+      return tile_of<Word, 2>(rows);
 #endif
   }
 }
 
 // c [m, n rounded up to whole vectors] (+)= a [m, k] times the first k rows and n columns of
 // `right`.
-static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int64_t n,
+template <class Word>
+static void product(const Word* a, int64_t a_stride, int64_t m, int64_t k, int64_t n,
                     const Panels& right, float* c, int64_t c_stride, bool add = false) {
   for (int64_t depth = 0; depth == 0 || depth < k; depth += depth_step) {
     const int64_t steps = min_of(depth_step, k - depth);
@@ -152,7 +168,7 @@ static void product(const float* a, int64_t a_stride, int64_t m, int64_t k, int6
       const int64_t stride = right.stride ? right.stride : columns;
       const float* panel = right.data + (right.stride ? first : first * right.k) + depth * stride;
       for (int64_t row = 0; row < m; row += tile_rows) {
-        tile_of(min_of(tile_rows, m - row), columns / width)(
+        tile_of<Word>(min_of(tile_rows, m - row), columns / width)(
             a + row * a_stride + depth, a_stride, steps, panel, stride, c + row * c_stride + first,
             c_stride, add || depth != 0);
       }

@@ -43,6 +43,9 @@ BLIP_TRACE_INLINE Vec load(const bf16* p) {
   return reinterpret_cast<Vec>(__builtin_convertvector(half, BitVec) << 16);
 }
 
+// The bits as they are.
+BLIP_TRACE_INLINE Vec load(const Pair* p) { return load(reinterpret_cast<const float*>(p)); }
+
 BLIP_TRACE_INLINE float load_scalar(const float* p) { return *p; }
 
 BLIP_TRACE_INLINE float load_scalar(const bf16* p) {

@@ -1,22 +1,21 @@
-// Matrix products through torch's BLAS.
+// Matrix products: of torch's BLAS or of the kernels.
 #pragma once
 
-#include "bf16.h"
 #include "common.h"
+#include "products.h"
 
 namespace blip_trace::ops {
 
-// Whether the products of `x` are bfloat16 ones taken through float32.
-bool through_float(const Tensor& x);
+// How the products of `x` [rows, K] are taken.
+Way way_of(const Tensor& x);
 
-// Of such a product: `out` [rows, M], bfloat16 or float32, = x times weight [M, K] transposed, plus
-// bias, through GELU. A part of the weight is converted at a time, and used while it is in the
-// cache.
-void linear_through_float(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                          bool gelu, Tensor& out);
+// By the kernels, where `way_of` does not say torch: `out` [rows, M], of the inputs' type or
+// float32, = x times weight [M, K] transposed, plus bias, through GELU.
+void linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool gelu,
+                 Tensor& out);
 
-// x [rows, K] times weight [M, K] transposed. The result is of the inputs' type or, for bfloat16
-// taken through float32, the float32 one, still unrounded.
+// x [rows, K] times weight [M, K] transposed. The result is float32, still unrounded, or, of
+// bfloat16 taken by torch, bfloat16.
 Tensor product(const Tensor& x, const Tensor& weight);
 
 // The same with `bias` [M] for the caller to add, unless the result is already rounded to bfloat16:

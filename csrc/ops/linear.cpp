@@ -12,12 +12,11 @@ Tensor linear(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor&
   check_like("linear", "weight", weight_in, x_in, {weight_in.size(0), x_in.size(1)});
   if (bias_in) check_like("linear", "bias", *bias_in, x_in, {weight_in.size(0)});
   const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
-  if (through_float(x)) {
-    Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-    linear_through_float(x, weight, contiguous(bias_in), false, out);
-    return out;
-  }
-  return bias_in ? at::addmm(*bias_in, x, weight.t()) : product(x, weight);
+  const OptionalTensor bias = contiguous(bias_in);
+  if (way_of(x) == Way::torch) return bias ? at::addmm(*bias, x, weight.t()) : product(x, weight);
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  linear_into(x, weight, bias, false, out);
+  return out;
 }
 
 }  // namespace

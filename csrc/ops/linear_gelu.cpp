@@ -11,9 +11,9 @@ Tensor linear_gelu(const Tensor& x_in, const Tensor& weight_in, const Tensor& bi
   check_like("linear_gelu", "bias", bias_in, x_in, {weight_in.size(0)});
   const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
   OptionalTensor bias = bias_in.contiguous();
-  if (through_float(x)) {
+  if (way_of(x) != Way::torch) {
     Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
-    linear_through_float(x, weight, bias, true, out);
+    linear_into(x, weight, bias, true, out);
     return out;
   }
   Tensor out = product(x, weight, bias);
