@@ -77,6 +77,18 @@ struct AttentionKernels {
                  std::int64_t out_stride, float* scratch);
 };
 
+// The same on pairs, for head sizes and strides that are even; null without such products. The
+// panels hold pairs along what is summed over: keys [d / 2, m], values [m / 2 rounded up, d_v].
+struct PairKernels {
+  void (*attend)(const bf16* query, std::int64_t query_stride, std::int64_t n, const Panels& keys,
+                 const Panels& values, float scale, std::int64_t visible, bf16* out,
+                 std::int64_t out_stride, float* scratch);
+  void (*pack_keys)(const Pair* source, std::int64_t stride, std::int64_t k, std::int64_t n,
+                    float* packed);
+  void (*pack_values)(const bf16* source, std::int64_t stride, std::int64_t k, std::int64_t n,
+                      float* packed);
+};
+
 template <class A, class C>
 struct ProductKernels {
   // c [m, right.n] = a [m, right.k] times right; scratch: see `product_scratch`.
@@ -117,6 +129,7 @@ struct Kernels {
   PackKernels<bf16> pack_bf16;
   AttentionKernels<float> attention_f32;
   AttentionKernels<bf16> attention_bf16;
+  PairKernels pairs;
   ProductKernels<float, float> product_f32;
   ProductKernels<bf16, float> product_bf16_f32;
   ProductKernels<float, bf16> product_f32_bf16;

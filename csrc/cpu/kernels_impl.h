@@ -21,9 +21,11 @@ constexpr RowKernels<In, Out> row_kernels{add_norm<In, Out>, log_sum_exp<In, Out
 #if BLIP_TRACE_BF16_PRODUCTS
 template <class Out>
 constexpr auto linear_of_pairs = linear<bf16, bf16, Out>;
+constexpr PairKernels pair_kernels{attend<PairWeights, bf16>, pack_transposed<Pair>, pack_pairs};
 #else
 template <class Out>
 constexpr decltype(nullptr) linear_of_pairs = nullptr;
+constexpr PairKernels pair_kernels{};
 #endif
 
 const Kernels& table() {
@@ -38,8 +40,9 @@ const Kernels& table() {
       widen,
       {pack<float>, pack_transposed<float>},
       {pack<bf16>, pack_transposed<bf16>},
-      {attend<float>},
-      {attend<bf16>},
+      {attend<FloatWeights, float>},
+      {attend<FloatWeights, bf16>},
+      pair_kernels,
       {multiply<float, float>},
       {multiply<bf16, float>},
       {multiply<float, bf16>},

@@ -31,6 +31,28 @@ static void pack(const T* source, int64_t stride, int64_t k, int64_t n, float* p
   }
 }
 
+#if BLIP_TRACE_BF16_PRODUCTS
+// Source [k, n] in pairs along k; zeros where k is odd.
+static void pack_pairs(const bf16* source, int64_t stride, int64_t k, int64_t n, float* packed) {
+  const auto bits = [=](int64_t row, int64_t col) {
+    const int64_t rest = n - col;
+    return row >= k ? Vec{} : rest >= width ? load(source + row * stride + col)
+                                            : load_part(source + row * stride + col, rest);
+  };
+  for (int64_t first = 0; first < n; first += panel_width) {
+    const int64_t columns = panel_columns(n, first);
+    for (int64_t i = 0; i < k; i += 2, packed += columns) {
+      for (int64_t j = 0; j < columns; j += width) {
+        // As floats they stand in the upper halves.
+        const BitVec low = reinterpret_cast<BitVec>(bits(i, first + j)) >> 16;
+        const BitVec high = reinterpret_cast<BitVec>(bits(i + 1, first + j));
+        store(packed + j, reinterpret_cast<Vec>(low | high));
+      }
+    }
+  }
+}
+#endif
+
 // Where lane l of a pair (a, b) of rows comes from in a transposition's step: lanes whose number
 // lacks the bit `step` are taken for the first row of the pair, the others for the second.
 template <int step>
@@ -176,14 +198,14 @@ static void product(const Word* a, int64_t a_stride, int64_t m, int64_t k, int64
   }
 }
 
-// to [rows, cols rounded up] = scale * from [rows, cols], zeros behind each row.
+// to [rows, cols rounded up] = from [rows, cols], zeros behind each row.
 template <class T>
-static void copy_scaled(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float scale,
-                        float* to, int64_t to_stride) {
+static void copy_rows(const T* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+                      int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < cols; c += width) {
       const T* p = from + r * from_stride + c;
-      store(to + r * to_stride + c, (cols - c >= width ? load(p) : load_part(p, cols - c)) * scale);
+      store(to + r * to_stride + c, cols - c >= width ? load(p) : load_part(p, cols - c));
     }
   }
 }
@@ -212,7 +234,7 @@ static void multiply(const A* a, int64_t a_stride, int64_t m, const Panels& righ
   int64_t left_stride = a_stride;
   if (!left) {
     left_stride = round_up(right.k, width);
-    copy_scaled(a, a_stride, m, right.k, 1.0f, scratch, left_stride);
+    copy_rows(a, a_stride, m, right.k, scratch, left_stride);
     left = scratch;
     scratch += m * left_stride;
   }

@@ -32,7 +32,6 @@ void attend(const std::vector<AttentionJob<Q, KV>>& jobs, const AttentionShape& 
 
 extern template void attend(const std::vector<AttentionJob<float, float>>&, const AttentionShape&);
 extern template void attend(const std::vector<AttentionJob<float, bf16>>&, const AttentionShape&);
-extern template void attend(const std::vector<AttentionJob<bf16, float>>&, const AttentionShape&);
 extern template void attend(const std::vector<AttentionJob<bf16, bf16>>&, const AttentionShape&);
 
 }  // namespace blip_trace::ops

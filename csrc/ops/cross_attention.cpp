@@ -31,17 +31,15 @@ bool absorb(const Args& a, const Group& g) {
 template <class T>
 void project(const Args& a, const Group& g, Tensor& out) {
   const Tensor states = a.states.narrow(0, g.state, g.m);
-  const Tensor keys = product(states, a.key_weight), values = product(states, a.value_weight);
-  with_type(keys, [&](auto element) {
-    using KV = decltype(element);
-    std::vector<AttentionJob<T, KV>> jobs;
-    for (std::int64_t h = 0; h < a.heads; ++h) {
-      const std::int64_t at = g.query * a.channels + h * a.size;
-      jobs.push_back({const_data<T>(a.query) + at, g.n, const_data<KV>(keys) + h * a.size,
-                      const_data<KV>(values) + h * a.size, g.m, data<T>(out) + at});
-    }
-    attend(jobs, {a.size, a.channels, a.channels, a.channels, a.channels, a.scale, false});
-  });
+  const Tensor keys = linear(states, a.key_weight, std::nullopt);
+  const Tensor values = linear(states, a.value_weight, std::nullopt);
+  std::vector<AttentionJob<T, T>> jobs;
+  for (std::int64_t h = 0; h < a.heads; ++h) {
+    const std::int64_t at = g.query * a.channels + h * a.size;
+    jobs.push_back({const_data<T>(a.query) + at, g.n, const_data<T>(keys) + h * a.size,
+                    const_data<T>(values) + h * a.size, g.m, data<T>(out) + at});
+  }
+  attend(jobs, {a.size, a.channels, a.channels, a.channels, a.channels, a.scale, false});
 }
 
 // c = a times a matrix for each head. Strides are between rows; head h has columns h * k of a and h

@@ -114,6 +114,15 @@ void linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
   });
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  if (way_of(x) == Way::torch) {
+    return bias ? at::addmm(*bias, x, weight.t()) : at::mm(x, weight.t());
+  }
+  Tensor out = at::empty({x.size(0), weight.size(0)}, x.options());
+  linear_into(x, weight, bias, false, out);
+  return out;
+}
+
 Tensor product(const Tensor& x, const Tensor& weight) {
   if (way_of(x) == Way::torch) return at::mm(x, weight.t());
   Tensor out = at::empty({x.size(0), weight.size(0)}, x.options().dtype(at::kFloat));

@@ -14,6 +14,9 @@ Way way_of(const Tensor& x);
 void linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool gelu,
                  Tensor& out);
 
+// x [rows, K] times weight [M, K] transposed, plus bias [M], in the inputs' type.
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
 // x [rows, K] times weight [M, K] transposed. The result is float32, still unrounded, or, of
 // bfloat16 taken by torch, bfloat16.
 Tensor product(const Tensor& x, const Tensor& weight);
