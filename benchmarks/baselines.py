@@ -3,7 +3,7 @@ today, and the strongest thing stock torch can do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +17,19 @@ from blip_trace.sites import Cell
 
 @torch.inference_mode()
 def published_loop(
-    model: BlipForQuestionAnswering, pixels: Tensor, task: Task, cells: Sequence[Cell]
+    model: BlipForQuestionAnswering, encode: Callable[[], Tensor], task: Task, cells: Sequence[Cell]
 ) -> None:
     """(A) The loop of the BLIP causal-tracing tool (Palit et al. 2023).
 
     For every cell the image is encoded twice, then a batch of two, clean and corrupted, goes through the text
     stacks, with hooks that put the clean row's state into the corrupted row.
+    (B) is the same loop with an `encode` that only returns what was encoded before: what an intervention of
+    pyvene or nnsight costs too, which run the clean input along.
     """
     decoder_ids = torch.tensor([model.decoder_start_token_id])
     for cell in cells:
-        clean = hooks.encode_images(model, pixels)
-        images = torch.cat((clean, hooks.encode_images(model, pixels)))
+        clean = encode()
+        images = torch.cat((clean, encode()))
         images[1] = task.corrupted[0]
         edits = {}
         for site in cell.sites:
@@ -44,8 +46,9 @@ def published_loop(
 
 
 @torch.inference_mode()
-def hook_loop(model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell]) -> None:
-    """(B) Hooks, one forward pass for every cell and sample, the image encoded once beforehand."""
+def lean_hooks(model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell]) -> None:
+    """This package's own hook backend: the image encoded and the clean states recorded once, then one forward
+    pass of the corrupted run alone for every cell."""
     hooks.score(model, [Task(task.question_ids, task.answer_ids, task.clean, task.corrupted, tuple(cells))])
 
 

@@ -161,8 +161,8 @@ def _fake_cross_attention(
 def _fake_token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     rows = hidden.shape[0]
     return (
-        hidden.new_empty(rows, tokens.shape[1], dtype=torch.float32),
-        hidden.new_empty(rows, dtype=torch.float32),
+        hidden.new_empty(rows, tokens.shape[1], dtype=torch.float64),
+        hidden.new_empty(rows, dtype=torch.float64),
     )
 
 

@@ -122,10 +122,13 @@ def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) -
     """Logits of chosen tokens, and the log-sum-exp over the vocabulary that makes log-probabilities of them.
 
     hidden [rows, C], weight [V, C], bias [V], tokens [rows, K] (int64). Returns logits [rows, K] and
-    log_sum_exp [rows], float32 (float64 for float64 inputs).
+    log_sum_exp [rows], both float64: they are near each other, and their difference is what counts.
     """
     logits = _wide(F.linear(hidden, weight)) + _wide(bias)
-    return logits.gather(1, tokens), logits.logsumexp(1)
+    largest = logits.amax(1, keepdim=True)
+    largest.masked_fill_(largest.isinf(), 0)  # of -inf or +inf the difference to itself would be NaN
+    sums = (logits - largest).exp().sum(1).double()
+    return logits.gather(1, tokens).double(), sums.log() + largest[:, 0].double()
 
 
 def _runs_of_equal_length(starts: Tensor) -> list[Tensor]:

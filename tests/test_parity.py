@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from random import Random
+from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import BlipForQuestionAnswering
 
@@ -36,13 +38,12 @@ def tracer(backend: str, dtype: str = "float32") -> Tracer:
     return Tracer.from_pretrained(shipped_model(), dtype=dtype, backend=backend)
 
 
-SCENE = random_scene(Random(3))
-IMAGE = SCENE.render(64)
+IMAGE = random_scene(Random(3)).render(64)
 
 
-def ask(kind: str) -> Question:
-    """A question of this type about the scene."""
-    asked = questions(SCENE, Random(3))
+def ask(kind: str, scene: int = 3) -> Question:
+    """A question of this type about a scene."""
+    asked = questions(random_scene(Random(scene)), Random(3))
     return next(question for question in asked if question.type == kind)
 
 
@@ -52,25 +53,31 @@ def color_ids(length: int) -> Tensor:
     return torch.tensor([(ids[:-1] * length)[: length - 1] + ids[-1:]])
 
 
+def image_and_question(
+    kind: str = "color", scene: int = 3, length: int | None = None
+) -> tuple[Image, str | Tensor]:
+    """What to ask about what."""
+    question = ask(kind, scene).text if length is None else color_ids(length)
+    return random_scene(Random(scene)).render(64), question
+
+
 @cache
 def traced(
     backend: str,
     dtype: str = "float32",
     window: int = 1,
     samples: int = 3,
-    kind: str = "color",
-    scored: bool = False,
-    length: int | None = None,
     kinds: tuple[str, ...] = tuple(KINDS),
     memory: int = 2**28,
+    scored: bool = False,
+    **question: Any,
 ) -> TraceResult:
+    """The map of `image_and_question(**question)`; `scored`: of the scene's own answer to it."""
     made = tracer(backend, dtype)
     made.memory = memory
-    question: str | Tensor = ask(kind).text if length is None else color_ids(length)
     return made.trace(
-        IMAGE,
-        question,
-        ask(kind).answer if scored else None,
+        *image_and_question(**question),
+        ask(question["kind"]).answer if scored else None,
         corruption=GaussianNoise(samples=samples),
         stacks=STACKS,
         kinds=kinds,
@@ -103,12 +110,22 @@ def assert_spread(truth: TraceResult, tolerance: float) -> None:
         assert cells.max() - cells.min() >= max(100 * tolerance, 1e-3)
 
 
-def assert_agree(ours: TraceResult, truth: TraceResult, *theirs: tuple[TraceResult, TraceResult]) -> None:
-    """Ours differ from the float64 hooks by at most 1e-5 or, where the model's own float32 rounding is that
-    large already (1.8e-5 was seen on noisy images), by at most twice what the float32 hooks do. `theirs`:
-    pairs of a float32 and a float64 result of the hooks."""
-    allowed = max(TOLERANCE, 2 * max(largest_difference(*pair) for pair in theirs))
-    assert allowed <= 5 * TOLERANCE
+@cache
+def own_error(**question: Any) -> float:
+    """The largest error that the Hugging Face model itself makes in float32 on this question.
+
+    Over twenty draws of the noise: nearly all of it comes from the one or two in which the answer is about
+    to tip over, and another order of the same sums makes another error there.
+    """
+    settings = {**question, "samples": 20, "kinds": ("hidden",)}
+    return largest_difference(traced("hooks", "float32", **settings), traced("hooks", "float64", **settings))
+
+
+def assert_agree(ours: TraceResult, truth: TraceResult, own: float) -> None:
+    """Ours differ from the float64 hooks by at most 1e-5 or, where the model's own float32 rounding comes
+    near that, by at most twice what that is."""
+    allowed = max(TOLERANCE, 2 * own)
+    assert allowed <= 10 * TOLERANCE
     assert_spread(truth, allowed)
     assert largest_difference(ours, truth) <= allowed
 
@@ -117,29 +134,28 @@ def assert_agree(ours: TraceResult, truth: TraceResult, *theirs: tuple[TraceResu
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("backend", ENGINES)
 def test_every_stack_and_kind(backend: str, window: int, samples: int) -> None:
-    # A draw is the same however many are drawn, so three of the slow runs serve both cases. Rounding in the
-    # sample that is nearest to tipping over decides all errors, so the model's own is that of all windows.
-    theirs = [(traced("hooks", window=w), traced("hooks", "float64", window=w)) for w in WINDOWS]
+    # a draw is the same however many are drawn, so three of the slow runs serve both cases
     truth = first_samples(traced("hooks", "float64", window=window), samples)
-    assert_agree(traced(backend, window=window, samples=samples), truth, *theirs)
+    assert_agree(traced(backend, window=window, samples=samples), truth, own_error())
 
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_answers_of_several_tokens(backend: str) -> None:
-    truth, theirs = (traced("hooks", dtype, kind="position", scored=True) for dtype in ("float64", "float32"))
+    truth = traced("hooks", "float64", kind="position", scored=True)
     assert len(truth.answer_ids) > 1
     assert truth.grid("text_decoder", "hidden").shape[0] == len(truth.answer_ids)
-    assert_agree(traced(backend, kind="position", scored=True), truth, (theirs, truth))
+    ours = traced(backend, kind="position", scored=True)
+    assert_agree(ours, truth, own_error(kind="position", scored=True))
 
 
 @pytest.mark.parametrize("length", [3, 4, 7, 13, 20])
 @pytest.mark.parametrize("backend", ENGINES)
 def test_questions_of_any_length(backend: str, length: int) -> None:
-    ours, truth, theirs = (
+    ours, truth = (
         traced(name, dtype, length=length, kinds=("hidden", "cross_attn"))
-        for name, dtype in ((backend, "float32"), ("hooks", "float64"), ("hooks", "float32"))
+        for name, dtype in ((backend, "float32"), ("hooks", "float64"))
     )
-    assert_agree(ours, truth, (theirs, truth))
+    assert_agree(ours, truth, own_error(length=length))
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -175,15 +191,15 @@ def test_float64_agrees_to_rounding() -> None:
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_a_packed_batch_gives_the_numbers_of_one_question_at_a_time(backend: str) -> None:
-    other = random_scene(Random(4)).render(64)
-    pairs = [(IMAGE, ask("color").text), (other, ask("position").text), (IMAGE, color_ids(17))]
-    noise = GaussianNoise(samples=2)
-    together = tracer(backend).trace_batch(pairs, corruption=noise)
-    for pair, packed in zip(pairs, together, strict=True):
-        truth, theirs = (
-            tracer("hooks", dtype).trace(*pair, corruption=noise) for dtype in ("float64", "float32")
-        )
-        assert_agree(packed, truth, (theirs, truth))
+    asked: tuple[dict[str, Any], ...] = ({}, {"kind": "position", "scene": 4}, {"length": 17})
+    together = tracer(backend).trace_batch(
+        [image_and_question(**question) for question in asked],
+        corruption=GaussianNoise(samples=3),
+        kinds=("hidden", "cross_attn"),
+    )
+    for question, packed in zip(asked, together, strict=True):
+        truth = traced("hooks", "float64", kinds=("hidden", "cross_attn"), **question)
+        assert_agree(packed, truth, own_error(**question))
 
 
 def test_padding_changes_nothing() -> None:
@@ -204,8 +220,7 @@ def test_a_memory_budget_splits_the_pass_and_keeps_the_numbers(
     monkeypatch.setattr(engine, "_run", lambda *args: passes.append(args) or run(*args))
     split = traced(backend, memory=2**20)
     assert len(passes) > 10
-    truth = traced("hooks", "float64")
-    assert_agree(split, truth, (traced("hooks"), truth))
+    assert_agree(split, traced("hooks", "float64"), own_error())
 
 
 def test_thread_count_keeps_the_numbers() -> None:

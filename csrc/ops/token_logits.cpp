@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& w
   const Tensor hidden = hidden_in.contiguous(), weight = weight_in.contiguous(),
                bias = bias_in.contiguous();
   const std::int64_t chosen = tokens.size(1);
-  const auto options = hidden.options().dtype(at::kFloat);
+  // Near each other, and their difference is what counts.
+  const auto options = hidden.options().dtype(at::kDouble);
   Tensor logits = at::empty({rows, chosen}, options), log_sum_exp = at::empty({rows}, options);
   std::vector<float> maxima(static_cast<std::size_t>(rows),
                             -std::numeric_limits<float>::infinity());
@@ -68,15 +69,15 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& w
           for (std::int64_t k = 0; k < chosen; ++k) {
             const std::int64_t word = token[r * chosen + k] - first;
             if (word < 0 || word >= words) continue;
-            data<float>(logits)[r * chosen + k] = value_of(row[word]) + value_of(offsets[word]);
+            data<double>(logits)[r * chosen + k] = value_of(row[word]) + value_of(offsets[word]);
           }
         }
       });
     });
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    data<float>(log_sum_exp)[r] =
-        std::isinf(maxima[r]) && !std::isnan(sums[r]) ? maxima[r] : maxima[r] + std::log(sums[r]);
+    const double max = maxima[r], sum = sums[r];
+    data<double>(log_sum_exp)[r] = std::isinf(max) && !std::isnan(sum) ? max : max + std::log(sum);
   }
   return {logits, log_sum_exp};
 }
