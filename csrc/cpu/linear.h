@@ -11,9 +11,8 @@
 namespace blip_trace::cpu::BLIP_TRACE_ISA {
 
 // A part of the weight that is packed at once (columns of the result, words of the inputs), and the
-// rows that go through it together: the part, the rows and their results fill the second-level
-// cache.
-constexpr int64_t linear_columns = 128;
+// rows that go through it together.
+constexpr int64_t linear_columns = panel_width;
 constexpr int64_t linear_depth = depth_step;
 constexpr int64_t linear_rows = tile_rows;
 
