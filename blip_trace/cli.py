@@ -144,6 +144,10 @@ def run(
     errors = Console(stderr=True)
     with _one_sentence_errors(errors), _staging(out) as staging:
         with errors.status("loading torch, transformers and the model"), _notes(errors):
+            from .sites import check_maps
+
+            maps = check_maps(_names(stacks, DEFAULT_STACKS), _names(kinds, DEFAULT_KINDS), window)
+
             import torch
 
             from .corruption import GaussianNoise
@@ -161,16 +165,7 @@ def run(
             )
         started = time.perf_counter()
         with _progress(errors) as progress:
-            result = tracer.trace(
-                image,
-                question,
-                answer,
-                noise,
-                _names(stacks, DEFAULT_STACKS),
-                _names(kinds, DEFAULT_KINDS),
-                window,
-                progress,
-            )
+            result = tracer.trace(image, question, answer, noise, *maps, window, progress)
         seconds = time.perf_counter() - started
 
         with errors.status("writing"):

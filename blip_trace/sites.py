@@ -81,3 +81,21 @@ def check_names(what: str, names: Sequence[str], known: Iterable[str]) -> tuple[
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}: choose among {', '.join(known)}")
     return tuple(dict.fromkeys(names))
+
+
+def check_maps(
+    stacks: Sequence[str], kinds: Sequence[str], window: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Stacks and kinds as tuples without repetitions.
+
+    Raises ValueError for an unknown or missing name, for the vision stack, and for a window that is no whole
+    number of layers.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a whole number of layers of at least 1, not {window!r}")
+    stacks = check_names("stack", stacks, STACKS)
+    if "vision" in stacks:
+        raise ValueError(
+            "the vision stack lies before the corrupted image embeddings: nothing in it can be restored"
+        )
+    return stacks, check_names("kind", kinds, KINDS)

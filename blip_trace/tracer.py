@@ -24,7 +24,7 @@ from .lowering.load import load_model, parse_dtype
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .program import Program
 from .result import TraceResult
-from .sites import KINDS, STACKS, Cell, check_names, grid_cells
+from .sites import Cell, check_maps, check_names, grid_cells
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
@@ -164,7 +164,7 @@ class Tracer:
         answers = [None] * len(pairs) if answers is None else answers
         if len(answers) != len(pairs):
             raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
-        stacks, kinds = self._check_maps(stacks, kinds, window)
+        stacks, kinds = check_maps(stacks, kinds, window)
 
         tasks, cuts = [], []
         pixels = [self._inputs.pixels(image) for image, _ in pairs]
@@ -187,18 +187,6 @@ class Tracer:
             self._result(question, task, grids, own, settings)
             for (_, question), task, grids, own in zip(pairs, tasks, cuts, scores, strict=True)
         ]
-
-    def _check_maps(
-        self, stacks: Sequence[str], kinds: Sequence[str], window: int
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window must be a whole number of layers of at least 1, not {window!r}")
-        stacks = check_names("stack", stacks, STACKS)
-        if "vision" in stacks:
-            raise ValueError(
-                "the vision stack lies before the corrupted image embeddings: nothing in it can be restored"
-            )
-        return stacks, check_names("kind", kinds, KINDS)
 
     def _grids(
         self, stacks: Sequence[str], kinds: Sequence[str], window: int, lengths: Mapping[str, int]

@@ -185,6 +185,22 @@ def test_weights_that_are_not_the_configs(folder: Path, spoil: Callable[[Path], 
 
 
 @pytest.mark.parametrize(
+    "claim",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**7},
+        {"intermediate_size": 10**8},
+        {"vocab_size": 10**9},
+        {"max_position_embeddings": 10**9},
+    ],
+)
+def test_a_description_beyond_what_the_files_hold(folder: Path, claim: dict[str, int]) -> None:
+    # before any memory is taken for it
+    edit_text_config(folder, **claim)
+    refused(folder, "describes at least .* weights, but its files are of")
+
+
+@pytest.mark.parametrize(
     "broken",
     [
         lambda whole: b"",

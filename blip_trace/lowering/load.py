@@ -58,7 +58,7 @@ def load_model(
     if not local:
         _check_hub_id(hub_id_or_folder)
     config = _load_config(source, local)
-    _check_weight_files(source, local)
+    _check_size(source, config, _weight_files(source, local))
     with _quiet():
         return _load_weights(source, local, config, dtype), _load_processor(source, local)
 
@@ -103,10 +103,12 @@ def _load_config(source: str, local: bool) -> BlipConfig:
         raise ValueError(f"the config.json of {source} is broken: {_one_line(error)}") from error
 
 
-def _check_weight_files(source: str, local: bool) -> None:
-    """Make sure that transformers will find safetensors and nothing else: an index may name any file."""
-    if _find(source, local, SAFE_WEIGHTS_NAME) is not None:
-        return
+def _weight_files(source: str, local: bool) -> list[Path]:
+    """The files from which transformers will read the weights: safetensors and nothing else, though an index
+    may name any file."""
+    whole = _find(source, local, SAFE_WEIGHTS_NAME)
+    if whole is not None:
+        return [whole]
     index = _find(source, local, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         raise ValueError(
@@ -115,6 +117,40 @@ def _check_weight_files(source: str, local: bool) -> None:
     shards = _read_json(source, index, index.name).get("weight_map")
     if not isinstance(shards, dict) or not all(_is_shard(name) for name in shards.values()):
         raise ValueError(f"the {index.name} of {source} names files that are no safetensors beside it")
+    files = [_find(source, local, name) for name in sorted(set(shards.values()))]
+    return [file for file in files if file is not None]
+
+
+def _check_size(source: str, config: BlipConfig, files: Sequence[Path]) -> None:
+    """Refuse a configuration that describes a far larger model than its files can hold: transformers would
+    take the memory for it first and find the weights missing afterwards."""
+    held = sum(file.stat().st_size for file in files)  # bytes, and no weight takes less than one
+    try:
+        described = _least_weights(config)
+    except TypeError as error:
+        raise ValueError(f"the config.json of {source} is broken: {_one_line(error)}") from error
+    if described > 4 * held + 2**24:
+        raise ValueError(
+            f"the config.json of {source} describes at least {described:.2g} weights, but its files are of "
+            f"{held:.2g} bytes"
+        )
+
+
+def _least_weights(config: BlipConfig) -> int:
+    """How many weights a model of this configuration has at the least."""
+    text, vision = config.text_config, config.vision_config
+
+    def layer(width: int, inner: int) -> int:
+        return 4 * width * width + 2 * width * inner
+
+    least: int = (
+        text.hidden_size * (text.vocab_size + text.max_position_embeddings)
+        + 2 * text.num_hidden_layers * layer(text.hidden_size, text.intermediate_size)
+        + vision.hidden_size * (vision.image_size // max(1, vision.patch_size)) ** 2
+        + vision.hidden_size * 3 * vision.patch_size**2
+        + vision.num_hidden_layers * layer(vision.hidden_size, vision.intermediate_size)
+    )
+    return least
 
 
 def _is_shard(name: object) -> bool:
