@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from transformers import BlipConfig, BlipForQuestionAnswering
@@ -17,6 +19,7 @@ from blip_trace.sites import Cell, grid_cells
 TOKENS = 9
 
 
+@cache
 def blip_base(dtype: str) -> BlipForQuestionAnswering:
     """BLIP-VQA-base with random weights (the config's own default of 8 heads is not that model's)."""
     torch.manual_seed(0)
