@@ -22,6 +22,7 @@ from conftest import Gate
 from subject import Subject, blip_base, blip_shapes
 
 from blip_trace import hooks
+from blip_trace.ops import OpSet
 
 Work = Callable[[], object]
 GEMM_ROWS, GEMM_IN, GEMM_OUT, GEMM_TIMES = 1024, 768, 3072, 8
@@ -130,13 +131,20 @@ def test_shipped_model(benchmark: Any, gate: Gate, quick: bool) -> None:
     """The small trained model: Python and launches cost more here than products."""
     subject = Subject(blip_shapes(), samples=1)
     cached = subject.task.clean[None]
+    maps = 10  # one after the other, as the loops run their cells: alone, a map is over before it is warm
+
+    def trace(ops: OpSet) -> None:
+        for _ in range(maps):
+            subject.trace(ops)
+
     others = {
         "image": lambda: hooks.encode_images(subject.model, subject.pixels),
         "B": lambda: published_loop(subject.model, lambda: cached, subject.task, subject.cells),
         "lean": lambda: lean_hooks(subject.model, subject.task, subject.cells),
-        "D": lambda: subject.trace(StockOps()),
+        "D": lambda: trace(StockOps()),
     }
-    ours, taken = interleave(benchmark, 10 if quick else 40, lambda: subject.trace(subject.ops), others)
+    all_maps, taken = interleave(benchmark, 10 if quick else 40, lambda: trace(subject.ops), others)
+    ours, taken["D"] = all_maps / maps, taken["D"] / maps
     seconds = {
         "the published loop, image encoded once (B)": taken["image"] + taken["B"],
         "lean hook loop": taken["image"] + taken["lean"],
