@@ -51,8 +51,8 @@ class Subject:
         self.ids = torch.randint(5, text.vocab_size, (TOKENS,), generator=generator)
         layers = text.num_hidden_layers
         self.cells: tuple[Cell, ...] = (
-            *grid_cells("text_encoder", "hidden", TOKENS, layers, 1),
-            *grid_cells("text_decoder", "hidden", 1, layers, 1),
+            *grid_cells("text_encoder", "hidden", range(TOKENS), layers, 1, text.num_attention_heads),
+            *grid_cells("text_decoder", "hidden", range(1), layers, 1, text.num_attention_heads),
         )
         self.task = self._task(hooks.encode_images(model, self.pixels)[0])
 

@@ -102,7 +102,7 @@ def run(
         list[str] | None,
         typer.Option(
             help="Kinds of state to restore, likewise: hidden, hidden_after_self_attn, "
-            "hidden_after_cross_attn, self_attn, cross_attn, mlp.",
+            "hidden_after_cross_attn, self_attn, cross_attn, mlp, self_attn_head, cross_attn_head.",
             metavar="NAMES",
             show_default=DEFAULT_KINDS,
         ),

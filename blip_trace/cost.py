@@ -17,13 +17,14 @@ from .schedule import Plan, StackPlan, Step
 def step_operations(sublayer: Sublayer, step: Step) -> int:
     """Operations of one sublayer on its batch."""
     rows = step.rows
+    mixed = 0 if step.head_rows is None else len(step.head_rows)
     match sublayer:
         case SelfAttention(qkv=qkv, out=out):
             lengths = step.starts.diff().long()
             if rows == len(lengths):  # one token: its own value is the context
-                return 2 * rows * (qkv.weight.numel() // 3 + out.weight.numel())
+                return 2 * rows * qkv.weight.numel() // 3 + 2 * (rows + mixed) * out.weight.numel()
             core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
-            return 2 * rows * (qkv.weight.numel() + out.weight.numel()) + core
+            return 2 * rows * qkv.weight.numel() + 2 * (rows + mixed) * out.weight.numel() + core
         case CrossAttention(query=query, key=key, out=out, heads=heads):
             assert step.query_starts is not None
             assert step.state_starts is not None
@@ -33,7 +34,7 @@ def step_operations(sublayer: Sublayer, step: Step) -> int:
             project = 4 * states * source * width + 4 * queries * states * width
             absorb = 4 * queries * source * width + 4 * queries * states * source * heads
             core = int(project.minimum(absorb)[queries > 0].sum())
-            return 2 * rows * (query.weight.numel() + out.weight.numel()) + core
+            return 2 * rows * query.weight.numel() + 2 * (rows + mixed) * out.weight.numel() + core
         case Mlp(up=up, down=down):
             return 2 * rows * (up.weight.numel() + down.weight.numel())
 

@@ -74,7 +74,8 @@ def image_plan(program: Program, images: int, tokens: int) -> StackPlan:
 
 def stack_shape(stack: Stack) -> StackShape:
     """What planning needs to know of a stack."""
-    return StackShape(stack.name, tuple((layer, sublayer.name) for layer, sublayer in stack.steps()))
+    steps = tuple((layer, sublayer.name) for layer, sublayer in stack.steps())
+    return StackShape(stack.name, steps, stack.heads)
 
 
 @torch.inference_mode()
@@ -160,6 +161,8 @@ def _run_stack(
         norms = [*norms[1:], stack.final_norm]  # each sublayer ends with the next one's norm
     for sublayer, norm, step in zip(sublayers, norms, plan.steps, strict=True):
         inner = _inner(ops, sublayer, step, normed, states)
+        if step.head_rows is not None:
+            inner = torch.cat((inner, _mix_heads(inner, step.head_rows)))
         out = sublayer.down if isinstance(sublayer, Mlp) else sublayer.out
         normed, total = ops.linear_add_norm(
             inner,
@@ -195,6 +198,14 @@ def _inner(ops: OpSet, sublayer: Sublayer, step: Step, x: Tensor, states: Tensor
             return ops.cross_attention(q, states, key, value, step.query_starts, step.state_starts, heads)
         case Mlp(up=up):
             return ops.linear_gelu(x, up.weight, up.bias)
+
+
+def _mix_heads(context: Tensor, rows: Tensor) -> Tensor:
+    """Rows [P, C] mixed from those of `context` [rows, C]: head h of row p is that of row rows[p, h]."""
+    heads = rows.shape[1]
+    parts = context.unflatten(1, (heads, -1))  # [rows, H, d]
+    mixed: Tensor = parts[rows.long(), torch.arange(heads)]  # [P, H, d]
+    return mixed.flatten(1)
 
 
 def _embed_tokens(stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:

@@ -27,11 +27,14 @@ _MODULES = {
     "self_attn": "attention.output.dense",
     "cross_attn": "crossattention.output.dense",
     "mlp": "output.dense",
+    "self_attn_head": "attention.self",
+    "cross_attn_head": "crossattention.self",
 }
 
 
 def site_module(model: BlipForQuestionAnswering, stack: str, layer: int, kind: str) -> nn.Module:
-    """The module of the Hugging Face model whose output is the state of this kind."""
+    """The module of the Hugging Face model whose output is the state of this kind (a head's: a part of its
+    channels)."""
     text = {"text_encoder": model.text_encoder, "text_decoder": model.text_decoder.bert}[stack]
     module: nn.Module = text.encoder.layer[layer].get_submodule(_MODULES[kind])
     return module
@@ -104,7 +107,8 @@ def _log_probs(logits: Tensor, answer: Tensor) -> Tensor:
 
 @contextmanager
 def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Keep the state [C] of every site of the forward pass that is run inside."""
+    """Keep the state [C] of every site of the forward pass that is run inside; of a head's, that of all
+    heads of the attention."""
     states: dict[Site, Tensor] = {}
     edits: dict[nn.Module, Edit] = {}
     for module, own in _by_module(model, sites).items():
@@ -125,12 +129,17 @@ def _restoring(
 ) -> Iterator[None]:
     """Put a cell's sites back to their clean states in the forward pass that is run inside."""
     edits: dict[nn.Module, Edit] = {}
+    heads = model.config.text_config.num_attention_heads
     for module, own in _by_module(model, cell.sites).items():
 
         def restore(output: Tensor, own: Sequence[Site] = own) -> Tensor:
             output = output.clone()
             for site in own:
-                output[:, site.token] = clean_states[site]
+                state, clean = output[:, site.token], clean_states[site]  # [S, C], [C]
+                if site.head is None:
+                    state.copy_(clean)
+                else:
+                    state.unflatten(1, (heads, -1))[:, site.head] = clean.unflatten(0, (heads, -1))[site.head]
             return output
 
         edits[module] = restore

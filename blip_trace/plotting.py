@@ -29,12 +29,15 @@ CHARACTER = 0.085
 SHORT = 5
 
 
-def plot_map(result: TraceResult, stack: str, kind: str, path: str | Path | None = None) -> Figure:
+def plot_map(
+    result: TraceResult, stack: str, kind: str, path: str | Path | None = None, token: int | None = None
+) -> Figure:
     """Draw one map of a trace in the manner of Meng et al. (2022, figure 1) and Palit et al. (2023).
 
     Colour runs from the low score (white: nothing of the answer is back; cells below it are white too) to the
-    largest cell, but over no less than a quarter of the total effect, so that noise is not blown up. Saved to
-    `path` if given, whole or not at all; its ending names the format.
+    largest cell, but over no less than a quarter of the total effect, so that noise is not blown up. Of
+    heads, the heads at one token: see `TraceResult.view`. Saved to `path` if given, whole or not at all;
+    its ending names the format.
 
     Raises KeyError where the map was not traced, ValueError for an unknown format, OSError where the file
     cannot be written.
@@ -44,15 +47,15 @@ def plot_map(result: TraceResult, stack: str, kind: str, path: str | Path | None
 
     if path is not None and _format(path) not in FORMATS:
         raise ValueError(f"cannot save a heatmap as {Path(path).name!r}: end it in .{', .'.join(FORMATS)}")
-    grid = result.grid(stack, kind).numpy()  # [tokens, layers]
-    labels = result.tokens(stack)
-    tokens, layers = grid.shape
+    view = result.view(stack, kind, token)
+    grid = view.grid.numpy()  # [rows, layers]
+    rows, layers = grid.shape
     low, high = result.low_score, result.high_score
     top = max(float(grid.max()), low + abs(high - low) / 4, low + 1e-6)
 
     width = min(MAX_WIDTH, max(MIN_WIDTH, layers * CELL))
-    height = tokens * CELL
-    short = tokens < SHORT
+    height = rows * CELL
+    short = rows < SHORT
     size = (width + 2 * MARGIN, height + 2 * MARGIN)
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
@@ -63,8 +66,8 @@ def plot_map(result: TraceResult, stack: str, kind: str, path: str | Path | None
     axes = place(MARGIN, MARGIN, width, height)
     mesh = axes.pcolormesh(grid, cmap=COLORS[stack], vmin=low, vmax=top, edgecolors="white", linewidth=0.5)
     axes.invert_yaxis()
-    _label(axes, labels, layers, width)
-    _title(axes, result, stack, kind, width)
+    _label(axes, view.labels, layers, width)
+    _title(axes, result, stack, kind + view.where, width)
 
     if short:
         bar = place(MARGIN, MARGIN - 0.45 - BAR, width, BAR)
@@ -89,7 +92,7 @@ def plot_map(result: TraceResult, stack: str, kind: str, path: str | Path | None
 
 
 def _label(axes: Axes, labels: tuple[str, ...], layers: int, width: float) -> None:
-    """Every layer and every token by name; numbers turn where they would run into each other."""
+    """Every layer and every row by name; numbers turn where they would run into each other."""
     axes.set_yticks([row + 0.5 for row in range(len(labels))])
     # a token may be "$"
     axes.set_yticklabels([_printable(label) for label in labels], fontsize=8, parse_math=False)
@@ -100,11 +103,12 @@ def _label(axes: Axes, labels: tuple[str, ...], layers: int, width: float) -> No
     axes.set_xlabel("layer", fontsize=8, labelpad=2)
 
 
-def _title(axes: Axes, result: TraceResult, stack: str, kind: str, width: float) -> None:
+def _title(axes: Axes, result: TraceResult, stack: str, what: str, width: float) -> None:
     samples = len(result.low_scores)
     window = result.settings.get("window", 1)
+    layers = f" in windows of {window} layers" if window != 1 else ""
     subtitle = [
-        f"{STACKS[stack]}, {kind} restored" + (f" in windows of {window} layers" if window != 1 else ""),
+        f"{STACKS[stack]}, {_printable(what)} restored{layers}",
         f"P(answer): corrupted {result.low_score:.3g}, clean {result.high_score:.3g}"
         f" ({samples} sample{'s' if samples != 1 else ''})",
     ]

@@ -120,6 +120,11 @@ class Stack:
         """Channels of the residual stream."""
         return self.layers[0].sublayers[0].norm.weight.shape[0]
 
+    @property
+    def heads(self) -> int:
+        """Heads of its attention."""
+        return next(s.heads for s in self.layers[0].sublayers if isinstance(s, SelfAttention))
+
     def steps(self) -> Iterator[tuple[int, Sublayer]]:
         """Every sublayer with the number of its layer, in the order of computation."""
         for number, layer in enumerate(self.layers):

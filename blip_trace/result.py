@@ -7,17 +7,28 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .sites import HEAD_KINDS, check_tokens
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMAT = "blip_trace.TraceResult/1"
+
+
+class MapView(NamedTuple):
+    """One map of a trace, ready to be shown: float32 [rows, layers], the rows' labels, and where it was cut
+    ("" for all of it)."""
+
+    grid: Tensor
+    labels: tuple[str, ...]
+    where: str
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,8 @@ class TraceResult:
 
     Probabilities are of the whole answer: for several tokens the product of theirs (teacher forcing).
     `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted
-    run with that cell's states put back to their clean values.
+    run with that cell's states put back to their clean values. Kinds of heads have [samples, heads, tokens,
+    layers], and everything that is said of [tokens, layers] below is [heads, tokens, layers] for them.
     """
 
     restored: Mapping[tuple[str, str], Tensor]
@@ -72,8 +84,7 @@ class TraceResult:
 
     def indirect_effect(self, stack: str, kind: str) -> Tensor:
         """Restored minus low score, mean over samples: float32 [tokens, layers]."""
-        effect: Tensor = self.samples(stack, kind) - self.low_scores[:, None, None]
-        return effect.mean(0)
+        return self._effects(stack, kind).mean(0)
 
     def normalized(self, stack: str, kind: str) -> Tensor:
         """Indirect over total effect: float32 [tokens, layers], 1 where restoring brings all of the answer
@@ -84,11 +95,34 @@ class TraceResult:
 
     def standard_error(self, stack: str, kind: str) -> Tensor:
         """Standard error of the indirect effect: float32 [tokens, layers], NaN for a single sample."""
-        effects = self.samples(stack, kind) - self.low_scores[:, None, None]
+        effects = self._effects(stack, kind)
         if len(effects) == 1:
             return torch.full_like(effects[0], float("nan"))
         error: Tensor = effects.std(0) / len(effects) ** 0.5
         return error
+
+    def _effects(self, stack: str, kind: str) -> Tensor:
+        samples = self.samples(stack, kind)
+        effects: Tensor = samples - self.low_scores.view(-1, *[1] * (samples.dim() - 1))
+        return effects
+
+    def view(self, stack: str, kind: str, token: int | None = None) -> MapView:
+        """A map as one looks at it: rows are tokens or, of a kind of heads, the heads at one token, the one
+        at which some head brings most of the answer back unless `token` names another.
+
+        Raises KeyError where the map was not traced, ValueError for a token that is not in it or given for
+        a map without heads.
+        """
+        grid, labels = self.grid(stack, kind), self.tokens(stack)
+        if grid.dim() == 2:
+            if token is not None:
+                raise ValueError(f"{kind} maps show all tokens at once: no token can be chosen")
+            return MapView(grid, labels, "")
+        if token is None:
+            token = int(grid.amax((0, 2)).argmax())
+        (token,) = check_tokens([token], len(labels))
+        heads = tuple(f"head {head}" for head in range(len(grid)))
+        return MapView(grid[:, token], heads, f" at {labels[token]!r} ({token})")
 
     def tokens(self, stack: str) -> tuple[str, ...]:
         """Labels of a stack's tokens. Raises KeyError where the stack was not traced."""
@@ -96,11 +130,12 @@ class TraceResult:
             raise KeyError(f"stack {stack!r} was not traced: there are {', '.join(self.stack_tokens)}")
         return self.stack_tokens[stack]
 
-    def plot(self, stack: str, kind: str, path: str | Path | None = None) -> Figure:
-        """Token x layer heatmap of the restored probability; saved to `path` if given (png, pdf, svg)."""
+    def plot(self, stack: str, kind: str, path: str | Path | None = None, token: int | None = None) -> Figure:
+        """Heatmap of the restored probability, token x layer or head x layer (see `view`); saved to `path` if
+        given (png, pdf, svg)."""
         from .plotting import plot_map
 
-        return plot_map(self, stack, kind, path)
+        return plot_map(self, stack, kind, path, token)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the maps and, in its metadata, everything else; whole or not at all.
@@ -134,7 +169,11 @@ class TraceResult:
         maps = {}
         for name, tensor in tensors.items():
             stack, _, kind = name.partition("/")
-            if tensor.dim() != 3 or tensor.shape[:2] != (*low_scores.shape, len(tokens[stack])):
+            dims = 4 if kind in HEAD_KINDS else 3
+            if tensor.dim() != dims or (*tensor.shape[:1], tensor.shape[-2]) != (
+                *low_scores.shape,
+                len(tokens[stack]),
+            ):
                 raise ValueError(f"the map {name} has the wrong shape {list(tensor.shape)}")
             maps[stack, kind] = tensor
         return cls(

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,10 +40,12 @@ class Job:
 
 @dataclass(frozen=True)
 class StackShape:
-    """What planning knows of a stack: its name and its sublayers (layer, sublayer name) in order."""
+    """What planning knows of a stack: its name, its sublayers (layer, sublayer name) in order, and the heads
+    of its attention."""
 
     name: str
     steps: tuple[tuple[int, str], ...]
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Step:
     starts [runs + 1]: first row of each class in the batch that the sublayer sees. query_starts and
     state_starts [groups + 1]: for cross-attention, the rows that share a set of states, and that set's rows.
     residual_rows, update_rows [rows of the next batch]: see `reference.linear_add_norm`; None: unchanged.
-    All int32.
+    head_rows [P, heads]: rows that stand behind the batch before it is projected, mixed from it: head h of
+    row p is that of row head_rows[p, h]. All int32.
     """
 
     layer: int
@@ -63,6 +67,7 @@ class Step:
     state_starts: Tensor | None
     residual_rows: Tensor | None
     update_rows: Tensor | None
+    head_rows: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,15 @@ def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
     )
 
 
+class _Override(NamedTuple):
+    """A token's state, at a place, is that of another class of runs."""
+
+    token: int
+    place: str
+    head: int | None
+    donor: int
+
+
 @dataclass(frozen=True)
 class _Restore:
     """Replace a run's site by the donor run's state."""
@@ -174,6 +188,14 @@ def _image_sources(jobs: Sequence[Job]) -> Ints:
     return np.concatenate(sources)
 
 
+class _Refined(NamedTuple):
+    """See `Step`."""
+
+    residual_rows: Tensor | None = None
+    update_rows: Tensor | None = None
+    head_rows: Tensor | None = None
+
+
 class _Batch:
     """The classes of runs that share rows, sorted by the set of states that they read."""
 
@@ -186,20 +208,21 @@ class _Batch:
     def starts(self) -> Ints:
         return np.concatenate(([0], np.cumsum(self.lengths)))
 
-    def refine(self, restores: Iterable[_Restore], by_source: bool) -> tuple[Tensor, Tensor] | None:
-        """Give rows of their own to runs that differ from here on; returns (residual_rows, update_rows)."""
-        overrides: dict[int, set[tuple[int, str, int]]] = defaultdict(set)
+    def refine(self, restores: Iterable[_Restore], by_source: bool, heads: int = 0) -> _Refined:
+        """Give rows of their own to runs that differ from here on."""
+        overrides: dict[int, set[_Override]] = defaultdict(set)
         for restore in restores:
             donor = int(self.class_of[restore.donor])
             if donor != self.class_of[restore.run]:  # else the state is the clean one already
-                overrides[restore.run].add((restore.site.token, KINDS[restore.site.kind].place, donor))
+                site = restore.site
+                overrides[restore.run].add(_Override(site.token, KINDS[site.kind].place, site.head, donor))
         split = by_source and not self._sorted_by_source()
         if not overrides and not split:
-            return None
+            return _Refined()
 
         source = self.source_of if split else np.zeros_like(self.source_of)
-        keys: dict[tuple[int, int, frozenset[tuple[int, str, int]]], list[int]] = defaultdict(list)
-        nothing: frozenset[tuple[int, str, int]] = frozenset()
+        keys: dict[tuple[int, int, frozenset[_Override]], list[int]] = defaultdict(list)
+        nothing: frozenset[_Override] = frozenset()
         for run, key in enumerate(zip(self.class_of.tolist(), source.tolist(), strict=True)):
             keys[(*key, frozenset(overrides[run]) if run in overrides else nothing)].append(run)
         classes = sorted(keys.items(), key=lambda item: (self.source_of[item[1][0]], item[0][0], item[1][0]))
@@ -210,13 +233,26 @@ class _Batch:
         starts = self.starts
         residual = np.repeat(old_starts[parents] - starts[:-1], self.lengths) + np.arange(starts[-1])
         update = residual.copy()
-        for number, ((_, _, changed), runs) in enumerate(classes):
+        mixed: dict[tuple[int, ...], int] = {}  # rows of `head_rows`
+        for number, ((parent, _, changed), runs) in enumerate(classes):
             self.class_of[runs] = number
-            for token, place, donor in changed:
-                update[starts[number] + token] = old_starts[donor] + token
+            by_token: dict[int, list[int]] = {}
+            for token, place, head, donor in changed:
+                if place == "head":
+                    assert head is not None
+                    sources = by_token.setdefault(token, [int(old_starts[parent]) + token] * heads)
+                    sources[head] = int(old_starts[donor]) + token
+            for token, sources in by_token.items():
+                row = mixed.setdefault(tuple(sources), len(mixed))
+                update[starts[number] + token] = old_starts[-1] + row
+            # what is restored behind the projection stands, whatever its heads were
+            for token, place, _, donor in changed:
+                if place != "head":
+                    update[starts[number] + token] = old_starts[donor] + token
                 if place == "stream":
                     residual[starts[number] + token] = old_starts[donor] + token
-        return _int32(residual), _int32(update)
+        head_rows = _int32(np.array(list(mixed))) if mixed else None
+        return _Refined(_int32(residual), _int32(update), head_rows)
 
     def groups(self, source_lengths: Ints) -> tuple[Tensor, Tensor]:
         """query_starts and state_starts: consecutive classes that read one set of states form a group."""
@@ -253,8 +289,7 @@ def _plan_stack(
     for number, (layer, name) in enumerate(shape.steps):
         starts = batch.starts
         query_starts, state_starts = batch.groups(source_lengths) if crosses[number] else (None, None)
-        rows = batch.refine(restored_at[layer, name], by_source=crosses[number + 1])
-        residual_rows, update_rows = rows if rows else (None, None)
+        refined = batch.refine(restored_at[layer, name], by_source=crosses[number + 1], heads=shape.heads)
         steps.append(
             Step(
                 layer=layer,
@@ -263,13 +298,14 @@ def _plan_stack(
                 starts=_int32(starts),
                 query_starts=query_starts,
                 state_starts=state_starts,
-                residual_rows=residual_rows,
-                update_rows=update_rows,
+                residual_rows=refined.residual_rows,
+                update_rows=refined.update_rows,
+                head_rows=refined.head_rows,
             )
         )
     return StackPlan(
         name=shape.name,
-        entry_rows=entry[0] if entry else None,
+        entry_rows=entry.residual_rows,
         steps=tuple(steps),
         starts=_int32(batch.starts),
         class_of=batch.class_of,

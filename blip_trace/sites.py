@@ -11,10 +11,11 @@ STACKS = ("vision", "text_encoder", "text_decoder")
 
 class Kind(NamedTuple):
     """Where a kind of state lives: at the end of a sublayer, either what the sublayer wrote to the residual
-    stream (`update`) or the stream after it (`stream`, normalised in a post-norm layer)."""
+    stream (`update`) or the stream after it (`stream`, normalised in a post-norm layer), or one head's part
+    of what an attention projects for that (`head`)."""
 
     sublayer: Literal["self_attn", "cross_attn", "mlp"]
-    place: Literal["update", "stream"]
+    place: Literal["update", "stream", "head"]
 
 
 KINDS: dict[str, Kind] = {
@@ -24,17 +25,26 @@ KINDS: dict[str, Kind] = {
     "self_attn": Kind("self_attn", "update"),
     "cross_attn": Kind("cross_attn", "update"),
     "mlp": Kind("mlp", "update"),
+    "self_attn_head": Kind("self_attn", "head"),
+    "cross_attn_head": Kind("cross_attn", "head"),
 }
+HEAD_KINDS = tuple(name for name, kind in KINDS.items() if kind.place == "head")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
-    """One place whose state can be restored: layer and token count from 0."""
+    """One place whose state can be restored: layer, token and head count from 0. Kinds of a whole state have
+    no head."""
 
     stack: str
     layer: int
     kind: str
     token: int
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.head is None) == (self.kind in HEAD_KINDS):
+            raise ValueError(f"a site of kind {self.kind!r} with head {self.head}: only heads have a number")
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,16 @@ def window_layers(layer: int, window: int, layers: int) -> range:
     return range(max(0, layer - window // 2), min(layers, layer - (-window // 2)))
 
 
-def grid_cells(stack: str, kind: str, tokens: int, layers: int, window: int) -> list[Cell]:
-    """The cells of one map, token by token and layer by layer: cell (t, l) is number t * layers + l."""
+def grid_cells(
+    stack: str, kind: str, tokens: Iterable[int], layers: int, window: int, heads: int
+) -> list[Cell]:
+    """The cells of one map, token by token and layer by layer; of a kind that has heads, head by head of
+    those."""
+    tokens = tuple(tokens)
     return [
-        Cell.of(Site(stack, w, kind, token) for w in window_layers(layer, window, layers))
-        for token in range(tokens)
+        Cell.of(Site(stack, w, kind, token, head) for w in window_layers(layer, window, layers))
+        for head in (range(heads) if kind in HEAD_KINDS else (None,))
+        for token in tokens
         for layer in range(layers)
     ]
 
@@ -99,3 +114,18 @@ def check_maps(
             "the vision stack lies before the corrupted image embeddings: nothing in it can be restored"
         )
     return stacks, check_names("kind", kinds, KINDS)
+
+
+def check_tokens(tokens: Sequence[int] | None, length: int) -> tuple[int, ...]:
+    """Positions in a stack of `length` tokens, counted from 0; None: all.
+
+    Raises ValueError for an empty list and for a token that is not there.
+    """
+    if tokens is None:
+        return tuple(range(length))
+    if not tokens:
+        raise ValueError("no tokens given to restore")
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not -length <= token < length:
+            raise ValueError(f"there is no token {token!r}: this stack has {length} (0 to {length - 1})")
+    return tuple(dict.fromkeys(token % length for token in tokens))

@@ -59,19 +59,19 @@ def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
 
 
 def render_map(result: TraceResult, stack: str, kind: str) -> Text:
-    """One map: a row for each token, a column for each layer; hundredths of P(answer), or of a power of ten
-    where all of them are small."""
-    grid = result.grid(stack, kind)
+    """One map, as `TraceResult.view` cuts it: a row for each token or head, a column for each layer;
+    hundredths of P(answer), or of a power of ten where all of them are small."""
+    grid, rows, where = result.view(stack, kind)
     peak = max(float(grid.max()), result.high_score)
     exponent = 0 if peak >= 0.1 else max(-30, math.floor(math.log10(max(peak, 1e-30)))) + 1
     unit = f", in units of 1e{exponent}" if exponent else ""
     low = result.low_score
     reach = max(float(grid.max()), low + abs(result.total_effect) / 4, low + 1e-6) - low
 
-    labels = [printable(label) for label in result.tokens(stack)]
+    labels = [printable(label) for label in rows]
     label_width = min(MAX_LABEL, max(map(cell_len, labels)))
     text = Text()
-    text.append(f"{stack}, {kind}", style="bold")
+    text.append(f"{stack}, {kind}{printable(where)}", style="bold")
     text.append(f": P(answer) with that state restored{unit}\n")
     text.append(" " * (label_width + 1))
     for layer in range(grid.shape[1]):
@@ -94,7 +94,7 @@ def _shade(stack: str, share: float) -> Style:
 
 def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STRONGEST) -> Table:
     """The cells of a map that bring back most of the answer."""
-    grid = result.grid(stack, kind)  # [tokens, layers]
+    grid = result.grid(stack, kind)  # [tokens, layers] or [heads, tokens, layers]
     shares = result.normalized(stack, kind)
     labels = result.tokens(stack)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -103,12 +103,13 @@ def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STR
     table.add_column("P(answer)", justify="right")
     table.add_column("of the total effect", justify="right")
     for cell in grid.flatten().argsort(descending=True)[:count].tolist():
-        token, layer = divmod(cell, grid.shape[1])
-        share = float(shares[token, layer])
+        rows, layer = divmod(cell, grid.shape[-1])
+        head, token = divmod(rows, grid.shape[-2])
+        share = float(shares.flatten()[cell])
         table.add_row(
-            Text(f"{printable(labels[token])} ({token})"),
+            Text(f"{printable(labels[token])} ({token})" + (f", head {head}" if grid.dim() == 3 else "")),
             str(layer),
-            f"{float(grid[token, layer]):.4g}",
+            f"{float(grid.flatten()[cell]):.4g}",
             "-" if math.isnan(share) else f"{100 * share:.0f} %",
         )
     return table

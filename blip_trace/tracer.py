@@ -24,7 +24,7 @@ from .lowering.load import load_model, parse_dtype
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .program import Program
 from .result import TraceResult
-from .sites import Cell, check_maps, check_names, grid_cells
+from .sites import HEAD_KINDS, Cell, check_maps, check_names, check_tokens, grid_cells
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
@@ -125,6 +125,7 @@ class Tracer:
         kinds: Sequence[str] = ("hidden",),
         window: int = 1,
         progress: Progress | None = None,
+        tokens: Mapping[str, Sequence[int]] | None = None,
     ) -> TraceResult:
         """Map, for every layer x token x kind of state, how much of the answer returns when that state of the
         corrupted run is put back to its clean value (causal tracing: Meng et al. 2022; for BLIP: Palit et al.
@@ -139,11 +140,14 @@ class Tracer:
         stacks, kinds: which maps to make; kinds as in the table of the README.
         window: how many consecutive layers a cell restores, centred on its own.
         progress: called with the share of the work done.
+        tokens: for a stack, the tokens whose states are restored, from 0 or from -1 backwards; all of them in
+            a stack that is not named. Maps of heads have many cells: those of the last token alone are
+            `tokens={"text_encoder": [-1]}`.
 
         Raises ValueError or TypeError, in one sentence, for inputs that cannot be traced.
         """
         return self.trace_batch(
-            [(image, question)], [answer], corruption, stacks, kinds, window, progress=progress
+            [(image, question)], [answer], corruption, stacks, kinds, window, progress, tokens
         )[0]
 
     def trace_batch(
@@ -155,6 +159,7 @@ class Tracer:
         kinds: Sequence[str] = ("hidden",),
         window: int = 1,
         progress: Progress | None = None,
+        tokens: Mapping[str, Sequence[int]] | None = None,
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
@@ -165,6 +170,7 @@ class Tracer:
         if len(answers) != len(pairs):
             raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
         stacks, kinds = check_maps(stacks, kinds, window)
+        check_names("stack", list(tokens or stacks), stacks)
 
         tasks, cuts = [], []
         pixels = [self._inputs.pixels(image) for image, _ in pairs]
@@ -176,24 +182,26 @@ class Tracer:
                 "text_encoder": len(question_ids),
                 "text_decoder": 1 if answer_ids is None else len(answer_ids),
             }
-            grids = self._grids(stacks, kinds, window, lengths)
+            chosen = {stack: check_tokens((tokens or {}).get(stack), lengths[stack]) for stack in stacks}
+            grids = self._grids(stacks, kinds, window, chosen)
             cells = tuple(cell for grid in grids.values() for cell in grid)
             tasks.append(engine.Task(question_ids, answer_ids, clean, corrupt(corruption, clean), cells))
-            cuts.append(grids)
+            cuts.append((grids, chosen))
         scores = self._score(tasks, progress)
 
         settings = self._settings(corruption, window)
         return [
-            self._result(question, task, grids, own, settings)
-            for (_, question), task, grids, own in zip(pairs, tasks, cuts, scores, strict=True)
+            self._result(question, task, grids, chosen, own, settings)
+            for (_, question), task, (grids, chosen), own in zip(pairs, tasks, cuts, scores, strict=True)
         ]
 
     def _grids(
-        self, stacks: Sequence[str], kinds: Sequence[str], window: int, lengths: Mapping[str, int]
+        self, stacks: Sequence[str], kinds: Sequence[str], window: int, tokens: Mapping[str, Sequence[int]]
     ) -> dict[tuple[str, str], list[Cell]]:
-        layers = self.model.config.text_config.num_hidden_layers
+        config = self.model.config.text_config
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
         return {
-            (stack, kind): grid_cells(stack, kind, lengths[stack], layers, window)
+            (stack, kind): grid_cells(stack, kind, tokens[stack], layers, window, heads)
             for stack in stacks
             for kind in kinds
         }
@@ -228,16 +236,19 @@ class Tracer:
         question: str | Tensor,
         task: engine.Task,
         grids: Mapping[tuple[str, str], Sequence[Cell]],
+        chosen: Mapping[str, Sequence[int]],
         scores: engine.Scores,
         settings: Mapping[str, Any],
     ) -> TraceResult:
         restored = scores.restored.sum(-1).exp().float()  # [S, cells]: joint over the answer's tokens
-        layers = self.model.config.text_config.num_hidden_layers
+        config = self.model.config.text_config
         maps = {}
         first = 0
-        for name, cells in grids.items():
+        for (stack, kind), cells in grids.items():
             part = restored[:, first : first + len(cells)]
-            maps[name] = part.unflatten(1, (len(cells) // layers, layers)).clone()
+            heads = (config.num_attention_heads,) if kind in HEAD_KINDS else ()
+            shape = (*heads, len(chosen[stack]), config.num_hidden_layers)
+            maps[stack, kind] = part.unflatten(1, shape).clone()
             first += len(cells)
         answer_ids = scores.answer_ids.tolist()
         labels = {
@@ -248,7 +259,7 @@ class Tracer:
             restored=maps,
             low_scores=scores.corrupted.sum(-1).exp().float(),
             high_score=float(scores.clean.sum().exp()),
-            stack_tokens={stack: labels[stack] for stack, _ in grids},
+            stack_tokens={stack: tuple(labels[stack][t] for t in tokens) for stack, tokens in chosen.items()},
             question=question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist()),
             answer=self._inputs.text(answer_ids),
             answer_ids=tuple(answer_ids),

@@ -22,12 +22,13 @@ from blip_trace.corruption import corrupt
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
 from blip_trace.scenes import Question, questions, random_scene
-from blip_trace.sites import KINDS, grid_cells
+from blip_trace.sites import HEAD_KINDS, KINDS, grid_cells
 
 STACKS = ("text_encoder", "text_decoder")
 TOLERANCE = 1e-5
 WINDOWS = (1, 3, 10)
 ENGINES = ("native", "reference")
+STATES = tuple(kind for kind in KINDS if kind not in HEAD_KINDS)
 
 
 @cache
@@ -67,7 +68,7 @@ def traced(
     dtype: str = "float32",
     window: int = 1,
     samples: int = 3,
-    kinds: tuple[str, ...] = tuple(KINDS),
+    kinds: tuple[str, ...] = STATES,
     memory: int = 2**28,
     scored: bool = False,
     **question: Any,
@@ -139,6 +140,32 @@ def test_every_stack_and_kind(backend: str, window: int, samples: int) -> None:
     assert_agree(traced(backend, window=window, samples=samples), truth, own_error())
 
 
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_every_head(backend: str, window: int) -> None:
+    truth = traced("hooks", "float64", window=window, kinds=HEAD_KINDS)
+    assert truth.grid("text_encoder", "cross_attn_head").shape == (4, 7, 4)  # heads, tokens, layers
+    assert truth.grid("text_decoder", "self_attn_head").shape == (4, 1, 4)
+    assert_agree(traced(backend, window=window, kinds=HEAD_KINDS), truth, own_error())
+
+
+@pytest.mark.parametrize("backend", ["hooks", *ENGINES])
+def test_chosen_tokens_are_a_part_of_the_map(backend: str) -> None:
+    kinds = ("hidden", "cross_attn_head")
+    chosen = tracer(backend).trace(
+        *image_and_question(),
+        corruption=GaussianNoise(samples=2),
+        kinds=kinds,
+        tokens={"text_encoder": [-1, 2]},
+    )
+    every = tracer(backend).trace(*image_and_question(), corruption=GaussianNoise(samples=2), kinds=kinds)
+    assert chosen.tokens("text_encoder") == tuple(every.tokens("text_encoder")[t] for t in (-1, 2))
+    for kind in kinds:
+        part = every.samples("text_encoder", kind)[..., [-1, 2], :]
+        assert (chosen.samples("text_encoder", kind) - part).abs().max() <= TOLERANCE
+    assert chosen.samples("text_decoder", "hidden").shape == every.samples("text_decoder", "hidden").shape
+
+
 @pytest.mark.parametrize("backend", ENGINES)
 def test_answers_of_several_tokens(backend: str) -> None:
     truth = traced("hooks", "float64", kind="position", scored=True)
@@ -175,8 +202,8 @@ def test_float64_agrees_to_rounding() -> None:
     processor = tracer("hooks").processor
     pixels = processor.image_processor(IMAGE, return_tensors="pt").pixel_values.double()
     ids = processor.tokenizer(ask("color").text, return_tensors="pt").input_ids[0]
-    cells = [cell for kind in KINDS for cell in grid_cells("text_encoder", kind, len(ids), 4, 1)]
-    cells += [cell for kind in KINDS for cell in grid_cells("text_decoder", kind, 1, 4, 1)]
+    cells = [cell for kind in KINDS for cell in grid_cells("text_encoder", kind, range(len(ids)), 4, 1, 4)]
+    cells += [cell for kind in KINDS for cell in grid_cells("text_decoder", kind, range(1), 4, 1, 4)]
     clean = hooks.encode_images(model, pixels)[0]
     task = engine.Task(ids, None, clean, corrupt(GaussianNoise(samples=2), clean), tuple(cells))
 

@@ -14,7 +14,7 @@ from blip_trace import engine, hooks, reference
 from blip_trace.corruption import GaussianNoise, corrupt
 from blip_trace.lowering.blip import lower
 from blip_trace.ops import get_ops
-from blip_trace.sites import KINDS, Cell, Site
+from blip_trace.sites import HEAD_KINDS, KINDS, Cell, Site
 
 VOCABULARY = 41
 
@@ -58,16 +58,18 @@ def models(draw: st.DrawFn) -> BlipForQuestionAnswering:
 
 
 @st.composite
-def cells(draw: st.DrawFn, layers: int, tokens: dict[str, int]) -> Cell:
-    """Any set of sites, across layers, kinds, tokens and stacks."""
+def cells(draw: st.DrawFn, layers: int, heads: int, tokens: dict[str, int]) -> Cell:
+    """Any set of sites, across layers, kinds, tokens, heads and stacks."""
 
     def site(stack: str) -> st.SearchStrategy[Site]:
+        kind = draw(st.sampled_from(sorted(KINDS)))
         return st.builds(
             Site,
             stack=st.just(stack),
             layer=st.integers(0, layers - 1),
-            kind=st.sampled_from(sorted(KINDS)),
+            kind=st.just(kind),
             token=st.integers(0, tokens[stack] - 1),
+            head=st.integers(0, heads - 1) if kind in HEAD_KINDS else st.none(),
         )
 
     return Cell.of(draw(st.lists(st.one_of([site(stack) for stack in tokens]), min_size=1, max_size=5)))
@@ -83,8 +85,9 @@ def test_any_cells_of_any_model(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
         tokens = {"text_encoder": data.draw(st.integers(1, 12)), "text_decoder": data.draw(st.integers(1, 4))}
         question, answer = (torch.randint(3, VOCABULARY, (n,)) for n in tokens.values())
-        layers = model.config.text_config.num_hidden_layers
-        chosen = data.draw(st.lists(cells(layers, tokens), min_size=1, max_size=6))
+        config = model.config.text_config
+        shape = (config.num_hidden_layers, config.num_attention_heads)
+        chosen = data.draw(st.lists(cells(*shape, tokens), min_size=1, max_size=6))
         noise = GaussianNoise(std=1.0, samples=data.draw(st.integers(1, 3)))
         tasks.append(engine.Task(question, answer, clean, corrupt(noise, clean), tuple(chosen)))
 

@@ -10,12 +10,12 @@ from blip_trace.sites import KINDS, Cell, Site, grid_cells, window_layers
 
 LAYERS = 3
 STEPS = tuple((layer, name) for layer in range(LAYERS) for name in ("self_attn", "cross_attn", "mlp"))
-QUESTION, ANSWER = StackShape("text_encoder", STEPS), StackShape("text_decoder", STEPS)
+QUESTION, ANSWER = StackShape("text_encoder", STEPS, 2), StackShape("text_decoder", STEPS, 2)
 
 
 def rows(stack: str, kind: str, tokens: int = 4, samples: int = 1, window: int = 1) -> list[int]:
     """Rows of the question stack's batch at every step."""
-    cells = tuple(grid_cells(stack, kind, tokens if stack == "text_encoder" else 1, LAYERS, window))
+    cells = tuple(grid_cells(stack, kind, range(tokens if stack == "text_encoder" else 1), LAYERS, window, 2))
     job = Job(tokens, 1, samples, cells)
     return [step.rows for step in plan(QUESTION, ANSWER, (job,), 7).question.steps]
 
@@ -62,8 +62,26 @@ def test_a_restored_row_is_read_from_the_clean_run() -> None:
     assert step.update_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 2, 7]
 
 
+def test_a_restored_head_is_mixed_into_a_row_of_its_own() -> None:
+    heads = [Cell.of([Site("text_encoder", 1, "self_attn_head", 2, head)]) for head in (0, 1)]
+    both = Cell.of(heads[0].sites | heads[1].sites)
+    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (*heads, both)),), 7).question.steps[3]
+    assert step.head_rows is not None
+    assert step.update_rows is not None
+    # the corrupted run's token 2 is row 6 and the clean one's row 2; rows 8 to 10 are the mixed ones
+    assert step.head_rows.tolist() == [[2, 6], [6, 2], [2, 2]]
+    assert step.update_rows.tolist()[8:] == [4, 5, 8, 7, 4, 5, 9, 7, 4, 5, 10, 7]
+
+
+def test_what_is_restored_behind_the_projection_stands() -> None:
+    sites = [Site("text_encoder", 1, "self_attn_head", 2, 0), Site("text_encoder", 1, "self_attn", 2)]
+    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (Cell.of(sites),)),), 7).question.steps[3]
+    assert step.update_rows is not None
+    assert step.update_rows.tolist()[8:] == [4, 5, 2, 7]
+
+
 def test_every_question_reads_its_own_image() -> None:
-    cells = tuple(grid_cells("text_encoder", "hidden", 2, LAYERS, 1))
+    cells = tuple(grid_cells("text_encoder", "hidden", range(2), LAYERS, 1, 2))
     made = plan(QUESTION, ANSWER, (Job(2, 1, 2, cells), Job(5, 1, 2, cells)), 7)
     step = made.question.steps[-2]
     assert step.query_starts is not None
@@ -88,5 +106,5 @@ def test_windows_follow_the_rule_of_rome(layer: int, window: int, expected: list
 
 
 def test_every_kind_names_a_sublayer_and_a_place() -> None:
-    assert {kind.place for kind in KINDS.values()} == {"update", "stream"}
+    assert {kind.place for kind in KINDS.values()} == {"update", "stream", "head"}
     assert {kind.sublayer for kind in KINDS.values()} == {"self_attn", "cross_attn", "mlp"}
