@@ -74,7 +74,7 @@ class Subject:
         sites = {site for cell in cells for site in cell.sites}
         with hooks.recording(self.model, sites) as states:
             hooks.answer_logits(self.model, self.task.question_ids, start, self.task.clean[None])
-        return {cell: states[site] for cell in cells for site in cell.sites}
+        return {cell: states[site][0] for cell in cells for site in cell.sites}
 
     def _task(self, clean: Tensor) -> engine.Task:
         corrupted = corrupt(GaussianNoise(samples=self.samples), clean)

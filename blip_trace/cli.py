@@ -108,6 +108,20 @@ def run(
         ),
     ] = None,
     window: Annotated[int, typer.Option(help="Consecutive layers that one cell restores.")] = 1,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of the question to map, from 0 or from -1 backwards; repeated.",
+            metavar="NUMBER",
+            show_default="all",
+        ),
+    ] = None,
+    direction: Annotated[
+        str,
+        typer.Option(
+            help="denoise: clean states into the corrupted run; noise: corrupted ones into the clean run."
+        ),
+    ] = "denoise",
     samples: Annotated[
         int, typer.Option(help="Draws of the noise; a map is their mean.", rich_help_panel=NOISE)
     ] = 10,
@@ -144,8 +158,9 @@ def run(
     errors = Console(stderr=True)
     with _one_sentence_errors(errors), _staging(out) as staging:
         with errors.status("loading torch, transformers and the model"), _notes(errors):
-            from .sites import check_maps
+            from .sites import DIRECTIONS, check_maps, check_names
 
+            check_names("direction", direction, DIRECTIONS)
             maps = check_maps(_names(stacks, DEFAULT_STACKS), _names(kinds, DEFAULT_KINDS), window)
 
             import torch
@@ -165,7 +180,8 @@ def run(
             )
         started = time.perf_counter()
         with _progress(errors) as progress:
-            result = tracer.trace(image, question, answer, noise, *maps, window, progress)
+            chosen = {"text_encoder": tokens} if tokens else None
+            result = tracer.trace(image, question, answer, noise, *maps, window, progress, chosen, direction)
         seconds = time.perf_counter() - started
 
         with errors.status("writing"):

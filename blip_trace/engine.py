@@ -30,7 +30,7 @@ class Task:
     """One question to trace.
 
     question_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
-    corrupted [S, N, D] image states, and the cells to restore.
+    corrupted [S, N, D] image states, the cells to restore, and in which direction: see `schedule.Job`.
     """
 
     question_ids: Tensor
@@ -38,12 +38,13 @@ class Task:
     clean: Tensor
     corrupted: Tensor
     cells: tuple[Cell, ...]
+    direction: str = "denoise"
 
     @property
     def job(self) -> Job:
         """The task's shape."""
         answer = 1 if self.answer_ids is None else len(self.answer_ids)
-        return Job(len(self.question_ids), answer, len(self.corrupted), self.cells)
+        return Job(len(self.question_ids), answer, len(self.corrupted), self.cells, self.direction)
 
 
 @dataclass(frozen=True)

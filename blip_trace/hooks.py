@@ -77,13 +77,16 @@ def score(
         with recording(model, sites) as clean_states:
             logits = answer_logits(model, task.question_ids, decoder_ids, task.clean[None])
         answer = logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
-        corrupted = answer_logits(model, task.question_ids, decoder_ids, task.corrupted)
+        with recording(model, sites) as corrupted_states:
+            corrupted = answer_logits(model, task.question_ids, decoder_ids, task.corrupted)
+        states, base = clean_states, task.corrupted
+        if task.direction == "noise":
+            states, base = corrupted_states, task.clean.expand_as(task.corrupted)
         restored = []
         for cell in task.cells:
-            with _restoring(model, cell, clean_states):
-                restored.append(
-                    _log_probs(answer_logits(model, task.question_ids, decoder_ids, task.corrupted), answer)
-                )
+            with _restoring(model, cell, states):
+                patched = answer_logits(model, task.question_ids, decoder_ids, base)
+            restored.append(_log_probs(patched, answer))
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -107,7 +110,7 @@ def _log_probs(logits: Tensor, answer: Tensor) -> Tensor:
 
 @contextmanager
 def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Keep the state [C] of every site of the forward pass that is run inside; of a head's, that of all
+    """Keep the state [S, C] of every site of the forward pass that is run inside; of a head's, that of all
     heads of the attention."""
     states: dict[Site, Tensor] = {}
     edits: dict[nn.Module, Edit] = {}
@@ -115,7 +118,7 @@ def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dic
 
         def keep(output: Tensor, own: Sequence[Site] = own) -> Tensor:
             for site in own:
-                states[site] = output[0, site.token]
+                states[site] = output[:, site.token]
             return output
 
         edits[module] = keep
@@ -124,10 +127,8 @@ def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dic
 
 
 @contextmanager
-def _restoring(
-    model: BlipForQuestionAnswering, cell: Cell, clean_states: Mapping[Site, Tensor]
-) -> Iterator[None]:
-    """Put a cell's sites back to their clean states in the forward pass that is run inside."""
+def _restoring(model: BlipForQuestionAnswering, cell: Cell, states: Mapping[Site, Tensor]) -> Iterator[None]:
+    """Put these states at a cell's sites in the forward pass that is run inside."""
     edits: dict[nn.Module, Edit] = {}
     heads = model.config.text_config.num_attention_heads
     for module, own in _by_module(model, cell.sites).items():
@@ -135,11 +136,10 @@ def _restoring(
         def restore(output: Tensor, own: Sequence[Site] = own) -> Tensor:
             output = output.clone()
             for site in own:
-                state, clean = output[:, site.token], clean_states[site]  # [S, C], [C]
-                if site.head is None:
-                    state.copy_(clean)
-                else:
-                    state.unflatten(1, (heads, -1))[:, site.head] = clean.unflatten(0, (heads, -1))[site.head]
+                here, there = output[:, site.token], states[site]  # [S, C], [S or 1, C]
+                if site.head is not None:
+                    here, there = (state.unflatten(1, (heads, -1))[:, site.head] for state in (here, there))
+                here.copy_(there)
             return output
 
         edits[module] = restore

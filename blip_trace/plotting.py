@@ -34,10 +34,9 @@ def plot_map(
 ) -> Figure:
     """Draw one map of a trace in the manner of Meng et al. (2022, figure 1) and Palit et al. (2023).
 
-    Colour runs from the low score (white: nothing of the answer is back; cells below it are white too) to the
-    largest cell, but over no less than a quarter of the total effect, so that noise is not blown up. Of
-    heads, the heads at one token: see `TraceResult.view`. Saved to `path` if given, whole or not at all;
-    its ending names the format.
+    White is no effect, and cells beyond that are white too: see `TraceResult.color_range`. Of heads, those at
+    one token: see `TraceResult.view`. Saved to `path` if given, whole or not at all; its ending names the
+    format.
 
     Raises KeyError where the map was not traced, ValueError for an unknown format, OSError where the file
     cannot be written.
@@ -50,8 +49,7 @@ def plot_map(
     view = result.view(stack, kind, token)
     grid = view.grid.numpy()  # [rows, layers]
     rows, layers = grid.shape
-    low, high = result.low_score, result.high_score
-    top = max(float(grid.max()), low + abs(high - low) / 4, low + 1e-6)
+    low, high = result.color_range(stack, kind)
 
     width = min(MAX_WIDTH, max(MIN_WIDTH, layers * CELL))
     height = rows * CELL
@@ -64,7 +62,8 @@ def plot_map(
         return figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
 
     axes = place(MARGIN, MARGIN, width, height)
-    mesh = axes.pcolormesh(grid, cmap=COLORS[stack], vmin=low, vmax=top, edgecolors="white", linewidth=0.5)
+    colors_of = COLORS[stack] + ("_r" if result.noising else "")
+    mesh = axes.pcolormesh(grid, cmap=colors_of, vmin=low, vmax=high, edgecolors="white", linewidth=0.5)
     axes.invert_yaxis()
     _label(axes, view.labels, layers, width)
     _title(axes, result, stack, kind + view.where, width)
@@ -73,12 +72,13 @@ def plot_map(
         bar = place(MARGIN, MARGIN - 0.45 - BAR, width, BAR)
     else:
         bar = place(MARGIN + width + BAR_GAP, MARGIN, BAR, height)
-    below = float(grid.min()) < low - 0.01 * (top - low)
+    slack = 0.01 * (high - low)
+    below, above = float(grid.min()) < low - slack, float(grid.max()) > high + slack
     colors = figure.colorbar(
         mesh,
         cax=bar,
         orientation="horizontal" if short else "vertical",
-        extend="min" if below else "neither",
+        extend="min" if below else "max" if above else "neither",
         extendfrac=0.04,
     )
     colors.set_label("P(answer)", fontsize=8)
@@ -108,7 +108,7 @@ def _title(axes: Axes, result: TraceResult, stack: str, what: str, width: float)
     window = result.settings.get("window", 1)
     layers = f" in windows of {window} layers" if window != 1 else ""
     subtitle = [
-        f"{STACKS[stack]}, {_printable(what)} restored{layers}",
+        f"{STACKS[stack]}, {_printable(what)} {'corrupted' if result.noising else 'restored'}{layers}",
         f"P(answer): corrupted {result.low_score:.3g}, clean {result.high_score:.3g}"
         f" ({samples} sample{'s' if samples != 1 else ''})",
     ]

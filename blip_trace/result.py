@@ -19,7 +19,7 @@ from .sites import HEAD_KINDS, check_tokens
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = "blip_trace.TraceResult/1"
+FORMAT = "blip_trace.TraceResult/2"
 
 
 class MapView(NamedTuple):
@@ -39,12 +39,16 @@ class TraceResult:
     `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted
     run with that cell's states put back to their clean values. Kinds of heads have [samples, heads, tokens,
     layers], and everything that is said of [tokens, layers] below is [heads, tokens, layers] for them.
+    `stack_tokens` are the labels of the traced tokens, `positions` where they stand in their stack. In a
+    trace with direction "noise" a cell holds P(answer) of the clean run with the corrupted states in it, and
+    its effect is what that took away.
     """
 
     restored: Mapping[tuple[str, str], Tensor]
     low_scores: Tensor
     high_score: float
     stack_tokens: Mapping[str, tuple[str, ...]]
+    positions: Mapping[str, tuple[int, ...]]
     question: str
     answer: str
     answer_ids: tuple[int, ...]
@@ -63,6 +67,16 @@ class TraceResult:
     def grid(self, stack: str, kind: str) -> Tensor:
         """P(answer) with that state restored, mean over samples: float32 [tokens, layers]."""
         return self.samples(stack, kind).mean(0)
+
+    def color_range(self, stack: str, kind: str) -> tuple[float, float]:
+        """Probabilities between which the colours of a map run: from no effect, the low score, to the largest
+        one, but over no less than a quarter of the total effect, so that noise is not blown up. In noising
+        from the largest effect up to the high score, which is none."""
+        grid = self.grid(stack, kind)
+        least = max(abs(self.total_effect) / 4, 1e-6)
+        if self.noising:
+            return min(float(grid.min()), self.high_score - least), self.high_score
+        return self.low_score, max(float(grid.max()), self.low_score + least)
 
     @property
     def low_score(self) -> float:
@@ -83,12 +97,13 @@ class TraceResult:
         return abs(self.total_effect) < max(0.01, 2 * error)
 
     def indirect_effect(self, stack: str, kind: str) -> Tensor:
-        """Restored minus low score, mean over samples: float32 [tokens, layers]."""
+        """Restored minus low score (noising: high score minus what is left), mean over samples: float32
+        [tokens, layers]."""
         return self._effects(stack, kind).mean(0)
 
     def normalized(self, stack: str, kind: str) -> Tensor:
         """Indirect over total effect: float32 [tokens, layers], 1 where restoring brings all of the answer
-        back. All NaN where `total_effect_vanishes`."""
+        back (noising: takes all of it away). All NaN where `total_effect_vanishes`."""
         if self.total_effect_vanishes:
             return torch.full_like(self.grid(stack, kind), float("nan"))
         return self.indirect_effect(stack, kind) / self.total_effect
@@ -103,12 +118,19 @@ class TraceResult:
 
     def _effects(self, stack: str, kind: str) -> Tensor:
         samples = self.samples(stack, kind)
+        if self.noising:
+            return self.high_score - samples
         effects: Tensor = samples - self.low_scores.view(-1, *[1] * (samples.dim() - 1))
         return effects
 
+    @property
+    def noising(self) -> bool:
+        """Whether corrupted states were put into the clean run."""
+        return self.settings.get("direction") == "noise"
+
     def view(self, stack: str, kind: str, token: int | None = None) -> MapView:
-        """A map as one looks at it: rows are tokens or, of a kind of heads, the heads at one token, the one
-        at which some head brings most of the answer back unless `token` names another.
+        """A map as one looks at it: rows are tokens or, of a kind of heads, the heads at one token: the one
+        with the largest effect, unless `token` names another by its place in the map.
 
         Raises KeyError where the map was not traced, ValueError for a token that is not in it or given for
         a map without heads.
@@ -119,10 +141,10 @@ class TraceResult:
                 raise ValueError(f"{kind} maps show all tokens at once: no token can be chosen")
             return MapView(grid, labels, "")
         if token is None:
-            token = int(grid.amax((0, 2)).argmax())
+            token = int(self.indirect_effect(stack, kind).amax((0, 2)).argmax())
         (token,) = check_tokens([token], len(labels))
         heads = tuple(f"head {head}" for head in range(len(grid)))
-        return MapView(grid[:, token], heads, f" at {labels[token]!r} ({token})")
+        return MapView(grid[:, token], heads, f" at {labels[token]!r} ({self.positions[stack][token]})")
 
     def tokens(self, stack: str) -> tuple[str, ...]:
         """Labels of a stack's tokens. Raises KeyError where the stack was not traced."""
@@ -166,6 +188,9 @@ class TraceResult:
     def _read(cls, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> TraceResult:
         low_scores = tensors.pop("low_scores")  # [samples]
         tokens = {stack: tuple(labels) for stack, labels in about["tokens"].items()}
+        positions = {stack: tuple(map(int, places)) for stack, places in about["positions"].items()}
+        if {s: len(p) for s, p in positions.items()} != {s: len(t) for s, t in tokens.items()}:
+            raise ValueError("its tokens and their positions do not fit")
         maps = {}
         for name, tensor in tensors.items():
             stack, _, kind = name.partition("/")
@@ -181,6 +206,7 @@ class TraceResult:
             low_scores=low_scores,
             high_score=float(about["high_score"]),
             stack_tokens=tokens,
+            positions=positions,
             question=about["question"],
             answer=about["answer"],
             answer_ids=tuple(about["answer_ids"]),
@@ -205,6 +231,7 @@ class TraceResult:
             "answer_ids": list(self.answer_ids),
             "high_score": self.high_score,
             "tokens": {stack: list(labels) for stack, labels in self.stack_tokens.items()},
+            "positions": {stack: list(places) for stack, places in self.positions.items()},
             "settings": dict(self.settings),
         }
 

@@ -29,13 +29,15 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Job:
-    """The shape of one question: its runs are a clean one, one corrupted run per sample, and every cell
-    restored in every sample. `question` and `answer` are lengths in tokens."""
+    """The shape of one question: its runs are a clean one, one corrupted run per sample, and for every sample
+    and cell one that is patched: the corrupted run with the cell's clean states (`denoise`) or the clean run
+    with its corrupted ones (`noise`). `question` and `answer` are lengths in tokens."""
 
     question: int
     answer: int
     samples: int
     cells: tuple[Cell, ...]
+    direction: str = "denoise"
 
 
 @dataclass(frozen=True)
@@ -168,10 +170,11 @@ def _runs(jobs: Sequence[Job]) -> tuple[tuple[int, ...], dict[str, list[_Restore
     for job in jobs:
         first_run.append(runs)
         clean, run = runs, runs + 1 + job.samples
-        for _ in range(job.samples):
+        for sample in range(job.samples):
+            donor = clean if job.direction == "denoise" else clean + 1 + sample
             for cell in job.cells:
                 for site in cell.sites:
-                    restores[site.stack].append(_Restore(run, site, donor=clean))
+                    restores[site.stack].append(_Restore(run, site, donor))
                 run += 1
         runs = run
     return tuple(first_run), restores
@@ -183,7 +186,8 @@ def _image_sources(jobs: Sequence[Job]) -> Ints:
     first = 0
     for job in jobs:
         samples = first + 1 + np.arange(job.samples)
-        sources += [np.array([first]), samples, np.repeat(samples, len(job.cells))]
+        base = samples if job.direction == "denoise" else np.full(job.samples, first)
+        sources += [np.array([first]), samples, np.repeat(base, len(job.cells))]
         first += 1 + job.samples
     return np.concatenate(sources)
 

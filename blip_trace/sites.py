@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 STACKS = ("vision", "text_encoder", "text_decoder")
+DIRECTIONS = ("denoise", "noise")
+"""Clean states into the corrupted run, or corrupted states into the clean run."""
 
 
 class Kind(NamedTuple):

@@ -65,14 +65,16 @@ def render_map(result: TraceResult, stack: str, kind: str) -> Text:
     peak = max(float(grid.max()), result.high_score)
     exponent = 0 if peak >= 0.1 else max(-30, math.floor(math.log10(max(peak, 1e-30)))) + 1
     unit = f", in units of 1e{exponent}" if exponent else ""
-    low = result.low_score
-    reach = max(float(grid.max()), low + abs(result.total_effect) / 4, low + 1e-6) - low
+    low, high = result.color_range(stack, kind)
+
+    def share(p: float) -> float:
+        return ((high - p) if result.noising else (p - low)) / (high - low)
 
     labels = [printable(label) for label in rows]
     label_width = min(MAX_LABEL, max(map(cell_len, labels)))
     text = Text()
     text.append(f"{stack}, {kind}{printable(where)}", style="bold")
-    text.append(f": P(answer) with that state restored{unit}\n")
+    text.append(f": P(answer) with that state {'corrupted' if result.noising else 'restored'}{unit}\n")
     text.append(" " * (label_width + 1))
     for layer in range(grid.shape[1]):
         text.append(f"{layer:>4}  ", style="dim")
@@ -80,7 +82,7 @@ def render_map(result: TraceResult, stack: str, kind: str) -> Text:
         text.append("\n" + " " * max(0, label_width - cell_len(label)))
         text.append(set_cell_size(label, min(label_width, cell_len(label))) + " ")
         for p in row:
-            text.append(f" {p / 10.0**exponent:.2f} ", style=_shade(stack, (p - low) / reach))
+            text.append(f" {p / 10.0**exponent:.2f} ", style=_shade(stack, share(p)))
     return text
 
 
@@ -93,21 +95,25 @@ def _shade(stack: str, share: float) -> Style:
 
 
 def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STRONGEST) -> Table:
-    """The cells of a map that bring back most of the answer."""
+    """The cells of a map with the largest effects."""
     grid = result.grid(stack, kind)  # [tokens, layers] or [heads, tokens, layers]
     shares = result.normalized(stack, kind)
-    labels = result.tokens(stack)
+    labels, places = result.tokens(stack), result.positions[stack]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("strongest")
     table.add_column("layer", justify="right")
     table.add_column("P(answer)", justify="right")
     table.add_column("of the total effect", justify="right")
-    for cell in grid.flatten().argsort(descending=True)[:count].tolist():
+    effects = result.indirect_effect(stack, kind)
+    for cell in effects.flatten().argsort(descending=True)[:count].tolist():
         rows, layer = divmod(cell, grid.shape[-1])
         head, token = divmod(rows, grid.shape[-2])
         share = float(shares.flatten()[cell])
         table.add_row(
-            Text(f"{printable(labels[token])} ({token})" + (f", head {head}" if grid.dim() == 3 else "")),
+            Text(
+                f"{printable(labels[token])} ({places[token]})"
+                + (f", head {head}" if grid.dim() == 3 else "")
+            ),
             str(layer),
             f"{float(grid.flatten()[cell]):.4g}",
             "-" if math.isnan(share) else f"{100 * share:.0f} %",

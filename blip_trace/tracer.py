@@ -24,7 +24,7 @@ from .lowering.load import load_model, parse_dtype
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .program import Program
 from .result import TraceResult
-from .sites import HEAD_KINDS, Cell, check_maps, check_names, check_tokens, grid_cells
+from .sites import DIRECTIONS, HEAD_KINDS, Cell, check_maps, check_names, check_tokens, grid_cells
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
@@ -126,6 +126,7 @@ class Tracer:
         window: int = 1,
         progress: Progress | None = None,
         tokens: Mapping[str, Sequence[int]] | None = None,
+        direction: str = "denoise",
     ) -> TraceResult:
         """Map, for every layer x token x kind of state, how much of the answer returns when that state of the
         corrupted run is put back to its clean value (causal tracing: Meng et al. 2022; for BLIP: Palit et al.
@@ -143,11 +144,13 @@ class Tracer:
         tokens: for a stack, the tokens whose states are restored, from 0 or from -1 backwards; all of them in
             a stack that is not named. Maps of heads have many cells: those of the last token alone are
             `tokens={"text_encoder": [-1]}`.
+        direction: "denoise", or "noise": corrupted states are put into the clean run, and what a cell shows
+            is how much of the answer that leaves.
 
         Raises ValueError or TypeError, in one sentence, for inputs that cannot be traced.
         """
         return self.trace_batch(
-            [(image, question)], [answer], corruption, stacks, kinds, window, progress, tokens
+            [(image, question)], [answer], corruption, stacks, kinds, window, progress, tokens, direction
         )[0]
 
     def trace_batch(
@@ -160,6 +163,7 @@ class Tracer:
         window: int = 1,
         progress: Progress | None = None,
         tokens: Mapping[str, Sequence[int]] | None = None,
+        direction: str = "denoise",
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
@@ -171,6 +175,7 @@ class Tracer:
             raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
         stacks, kinds = check_maps(stacks, kinds, window)
         check_names("stack", list(tokens or stacks), stacks)
+        check_names("direction", direction, DIRECTIONS)
 
         tasks, cuts = [], []
         pixels = [self._inputs.pixels(image) for image, _ in pairs]
@@ -185,11 +190,12 @@ class Tracer:
             chosen = {stack: check_tokens((tokens or {}).get(stack), lengths[stack]) for stack in stacks}
             grids = self._grids(stacks, kinds, window, chosen)
             cells = tuple(cell for grid in grids.values() for cell in grid)
-            tasks.append(engine.Task(question_ids, answer_ids, clean, corrupt(corruption, clean), cells))
+            corrupted = corrupt(corruption, clean)
+            tasks.append(engine.Task(question_ids, answer_ids, clean, corrupted, cells, direction))
             cuts.append((grids, chosen))
         scores = self._score(tasks, progress)
 
-        settings = self._settings(corruption, window)
+        settings = {**self._settings(corruption, window), "direction": direction}
         return [
             self._result(question, task, grids, chosen, own, settings)
             for (_, question), task, (grids, chosen), own in zip(pairs, tasks, cuts, scores, strict=True)
@@ -259,6 +265,7 @@ class Tracer:
             restored=maps,
             low_scores=scores.corrupted.sum(-1).exp().float(),
             high_score=float(scores.clean.sum().exp()),
+            positions={stack: tuple(tokens) for stack, tokens in chosen.items()},
             stack_tokens={stack: tuple(labels[stack][t] for t in tokens) for stack, tokens in chosen.items()},
             question=question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist()),
             answer=self._inputs.text(answer_ids),

@@ -80,12 +80,22 @@ def test_writes_and_prints(tiny_folder: Path, image: Path, tmp_path: Path) -> No
     assert not result.stderr
 
 
+def test_heads_at_chosen_tokens(tiny_folder: Path, image: Path, tmp_path: Path) -> None:
+    given = ("--kinds", "cross_attn_head", "--tokens", -1, "--tokens", 1, "--stacks", "text_encoder")
+    result = trace(tiny_folder, image, tmp_path, *given)
+    assert result.exit_code == 0, result.output
+    saved = TraceResult.load(tmp_path / "trace.safetensors")
+    assert saved.grid("text_encoder", "cross_attn_head").shape == (2, 2, 2)  # heads, tokens, layers
+    assert saved.positions["text_encoder"][1] == 1
+    assert "head 0" in result.stdout
+
+
 def test_options_reach_the_trace(tiny_folder: Path, image: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     try:
         given = ("--kinds", "mlp", "--kinds", "self_attn", "--stacks", "text_decoder", "--dtype", "bfloat16",
                  "--samples", 3, "--mean", 0, "--std", 2, "--mode", "add", "--seed", 7, "--threads", 1,
-                 "--memory", 64)  # fmt: skip
+                 "--memory", 64, "--direction", "noise")  # fmt: skip
         assert trace(tiny_folder, image, tmp_path, *given).exit_code == 0
     finally:
         torch.set_num_threads(threads)
@@ -93,6 +103,7 @@ def test_options_reach_the_trace(tiny_folder: Path, image: Path, tmp_path: Path)
     assert set(saved.restored) == {("text_decoder", "mlp"), ("text_decoder", "self_attn")}
     assert saved.settings["dtype"] == "bfloat16"
     assert saved.settings["threads"] == 1
+    assert saved.settings["direction"] == "noise"
     noise = blip_trace.GaussianNoise(mean=0.0, std=2.0, mode="add", samples=3, seed=7)
     assert saved.settings["corruption"] == repr(noise)
 
@@ -109,6 +120,8 @@ def test_the_model_that_ships(image: Path, tmp_path: Path) -> None:
     [
         (("--kinds", "attention"), "unknown kind 'attention'"),
         (("--kinds", "hidden,"), "unknown kind ''"),
+        (("--direction", "both"), "unknown direction 'both'"),
+        (("--tokens", 40), "no token 40"),
         (("--stacks", "vision"), "vision"),
         (("--backend", "fast"), "unknown backend 'fast'"),
         (("--dtype", "float64"), "unknown dtype 'float64'"),
@@ -182,7 +195,7 @@ def test_ctrl_c(tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pyt
     whole = Tracer.trace
 
     def interrupted(*arguments: Any) -> TraceResult:
-        return whole(*arguments[:-1], progress=lambda share: signal.raise_signal(signal.SIGINT))
+        return whole(*arguments[:8], progress=lambda share: signal.raise_signal(signal.SIGINT))
 
     monkeypatch.setattr(Tracer, "trace", interrupted)
     result = trace(tiny_folder, image, tmp_path / "out")
@@ -197,7 +210,8 @@ def test_help_and_version() -> None:
     assert "run" in top
     assert "doctor" in top
     for option in ("--model", "--image", "--question", "--out", "--backend", "--dtype", "--samples", "--std",
-                   "--window", "--kinds", "--stacks", "--seed", "--answer", "--threads"):  # fmt: skip
+                   "--window", "--tokens", "--direction", "--kinds", "--stacks", "--seed",
+                   "--answer", "--threads"):  # fmt: skip
         assert option in run
     assert "Salesforce/blip-vqa-base" in run
 

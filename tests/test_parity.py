@@ -71,6 +71,7 @@ def traced(
     kinds: tuple[str, ...] = STATES,
     memory: int = 2**28,
     scored: bool = False,
+    direction: str = "denoise",
     **question: Any,
 ) -> TraceResult:
     """The map of `image_and_question(**question)`; `scored`: of the scene's own answer to it."""
@@ -83,6 +84,7 @@ def traced(
         stacks=STACKS,
         kinds=kinds,
         window=window,
+        direction=direction,
     )
 
 
@@ -147,6 +149,21 @@ def test_every_head(backend: str, window: int) -> None:
     assert truth.grid("text_encoder", "cross_attn_head").shape == (4, 7, 4)  # heads, tokens, layers
     assert truth.grid("text_decoder", "self_attn_head").shape == (4, 1, 4)
     assert_agree(traced(backend, window=window, kinds=HEAD_KINDS), truth, own_error())
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("backend", ENGINES)
+def test_corrupted_states_in_the_clean_run(backend: str, window: int) -> None:
+    settings: dict[str, Any] = {"window": window, "direction": "noise", "kinds": (*STATES, "cross_attn_head")}
+    assert_agree(traced(backend, **settings), traced("hooks", "float64", **settings), own_error())
+
+
+@pytest.mark.parametrize("backend", ["hooks", *ENGINES])
+def test_the_last_decoder_state_of_a_noising_is_the_corrupted_answer(backend: str) -> None:
+    result = traced(backend, direction="noise")
+    last = result.samples("text_decoder", "hidden")[:, -1, -1]
+    assert (last - result.low_scores).abs().max() <= TOLERANCE / 10
+    assert result.normalized("text_decoder", "hidden")[-1, -1] == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["hooks", *ENGINES])

@@ -5,6 +5,8 @@ Weights are drawn large, so that every layer matters and a wrong row shows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from blip_trace import engine, hooks, reference
 from blip_trace.corruption import GaussianNoise, corrupt
 from blip_trace.lowering.blip import lower
 from blip_trace.ops import get_ops
-from blip_trace.sites import HEAD_KINDS, KINDS, Cell, Site
+from blip_trace.sites import DIRECTIONS, HEAD_KINDS, KINDS, Cell, Site
 
 VOCABULARY = 41
 
@@ -89,17 +91,15 @@ def test_any_cells_of_any_model(data: st.DataObject) -> None:
         shape = (config.num_hidden_layers, config.num_attention_heads)
         chosen = data.draw(st.lists(cells(*shape, tokens), min_size=1, max_size=6))
         noise = GaussianNoise(std=1.0, samples=data.draw(st.integers(1, 3)))
-        tasks.append(engine.Task(question, answer, clean, corrupt(noise, clean), tuple(chosen)))
+        direction = data.draw(st.sampled_from(DIRECTIONS))
+        tasks.append(engine.Task(question, answer, clean, corrupt(noise, clean), tuple(chosen), direction))
 
     truth = hooks.score(model, tasks)
     ours = engine.score(lower(model), reference, tasks, memory=data.draw(st.sampled_from([1, 2**28])))
     assert difference(ours, truth) < 1e-11
 
     model.float()
-    single = [
-        engine.Task(t.question_ids, t.answer_ids, t.clean.float(), t.corrupted.float(), t.cells)
-        for t in tasks
-    ]
+    single = [replace(t, clean=t.clean.float(), corrupted=t.corrupted.float()) for t in tasks]
     allowed = 2 * difference(hooks.score(model, single), truth) + 1e-6
     native = engine.score(lower(model), get_ops("native"), single, memory=2**28)
     assert difference(native, truth) <= allowed

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from blip_trace import TraceResult
+from blip_trace.result import FORMAT
 from blip_trace.terminal import print_trace
 
 MAP = ("text_encoder", "hidden")
@@ -30,13 +31,17 @@ def make(
 ) -> TraceResult:
     generator = torch.Generator().manual_seed(0)
     shape = (len(lows), len(tokens), layers)
-    return TraceResult(
-        restored={MAP: torch.rand(shape, generator=generator) * 0.8 + 0.1},
-        low_scores=torch.tensor(lows),
-        high_score=high,
-        stack_tokens={"text_encoder": tokens},
-        **{"question": "what ?", "answer": "red", "answer_ids": (11,), "settings": {"window": 1}, **fields},
-    )
+    given: dict[str, Any] = {
+        "restored": {MAP: torch.rand(shape, generator=generator) * 0.8 + 0.1},
+        "positions": {"text_encoder": tuple(range(len(tokens)))},
+        "question": "what ?",
+        "answer": "red",
+        "answer_ids": (11,),
+        "settings": {"window": 1},
+        **fields,
+    }
+    labels = {"text_encoder": tokens}
+    return TraceResult(low_scores=torch.tensor(lows), high_score=high, stack_tokens=labels, **given)
 
 
 def printed(result: TraceResult, **options: Any) -> str:
@@ -58,6 +63,38 @@ def test_numbers() -> None:
     assert not result.total_effect_vanishes
     assert result.standard_error(*MAP).isfinite().all()
     assert make(lows=(0.1,)).standard_error(*MAP).isnan().all()
+
+
+def test_numbers_of_a_noising() -> None:
+    result = make(settings={"direction": "noise"})
+    grid = result.grid(*MAP)
+    torch.testing.assert_close(result.indirect_effect(*MAP), 0.9 - grid)
+    torch.testing.assert_close(result.normalized(*MAP), (0.9 - grid) / 0.7)
+    low, high = result.color_range(*MAP)
+    assert high == result.high_score
+    assert low == pytest.approx(float(grid.min()))
+    assert "that state corrupted" in printed(result)
+
+
+def test_a_map_of_heads(tmp_path: Path) -> None:
+    heads = ("text_encoder", "cross_attn_head")
+    samples = torch.full((3, 2, 3, 4), 0.2)  # heads, tokens, layers
+    samples[:, 1, 2, 3] = 0.8
+    result = make(restored={heads: samples}, positions={"text_encoder": (4, 6, 8)})
+    grid, rows, where = result.view(*heads)
+    assert torch.equal(grid, samples.mean(0)[:, 2])  # at the token of the strongest head
+    assert rows == ("head 0", "head 1")
+    assert where == " at '?' (8)"
+    assert torch.equal(result.view(*heads, token=0).grid, samples.mean(0)[:, 0])
+    assert result.normalized(*heads)[1, 2, 3] == pytest.approx(6 / 7)
+    assert "? (8), head 1" in printed(result)
+    result.plot(*heads, tmp_path / "map.png", token=-3)
+    result.save(tmp_path / "trace.safetensors")
+    assert torch.equal(TraceResult.load(tmp_path / "trace.safetensors").samples(*heads), samples)
+    with pytest.raises(ValueError, match="no token 3"):
+        result.view(*heads, token=3)
+    with pytest.raises(ValueError, match="no token can be chosen"):
+        make().view(*MAP, token=0)
 
 
 @pytest.mark.parametrize(
@@ -129,14 +166,15 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["none", "no format", "no trace", "json", "type", "field", "low", "shape", "name"]
+    "change",
+    ["none", "no format", "no trace", "json", "type", "field", "places", "low", "shape", "heads", "name"],
 )
 def test_safetensors_that_are_no_trace(tmp_path: Path, change: str) -> None:
     path = tmp_path / "trace.safetensors"
     result = make()
     result.save(path)
     tensors = load_file(path)
-    metadata = {"format": "blip_trace.TraceResult/1", "trace": json.dumps(result._description())}
+    metadata = {"format": FORMAT, "trace": json.dumps(result._description())}
     match change:
         case "none":
             save_file(tensors, path, metadata)
@@ -152,6 +190,11 @@ def test_safetensors_that_are_no_trace(tmp_path: Path, change: str) -> None:
             metadata["trace"] = "[]"
         case "field":
             metadata["trace"] = json.dumps({**result._description(), "tokens": 3})
+        case "places":
+            places = {"text_encoder": [0]}
+            metadata["trace"] = json.dumps({**result._description(), "positions": places})
+        case "heads":
+            tensors["text_encoder/mlp"] = torch.zeros(3, 2, 3, 4)  # a map without heads that has some
         case "low":
             del tensors["low_scores"]
         case "shape":
