@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from baselines import StockOps, batched_hooks, lean_hooks, published_loop
 from conftest import Gate
-from subject import Subject, blip_base, blip_shapes
+from subject import Subject, blip_base, blip_shapes, full_study
 
 from blip_trace import hooks
 from blip_trace.ops import OpSet
@@ -125,6 +125,31 @@ def test_ten_samples(benchmark: Any, gate: Gate, quick: bool, dtype: str) -> Non
         found[f"{name}: stock torch, forking (D)"] = taken["D"] / ours
     found[f"{name}: floor closeness"] = closeness(benchmark, subject, ours, taken)
     gate(found)
+
+
+def test_full_study(benchmark: Any, gate: Gate, quick: bool) -> None:
+    """Three kinds and all heads at the last token, ten samples: what a paper on one question would run."""
+    if quick:
+        pytest.skip("half a minute a round: in the full benchmark only")
+    model = blip_base("float32")
+    subject = Subject(model, samples=10, cells=full_study(model))
+    one = Subject(model, samples=1)  # the loops take a sample at a time
+    others = {
+        "A": published(one),
+        "lean, no cells": lambda: lean_hooks(model, one.task, ()),
+        "lean": lambda: lean_hooks(model, one.task, one.cells[40:41]),
+        **products(subject),
+    }
+    ours, taken = interleave(benchmark, 2, lambda: subject.trace(subject.ops), others)
+    runs = 10 * len(subject.cells)
+    name = "base float32, 10 samples, full study"
+    gate(
+        {
+            f"{name}: published loop (A)": taken["A"] * runs / ours,
+            f"{name}: lean hook loop": (taken["lean"] - taken["lean, no cells"]) * runs / ours,
+            f"{name}: floor closeness": closeness(benchmark, subject, ours, taken),
+        }
+    )
 
 
 def test_shipped_model(benchmark: Any, gate: Gate, quick: bool) -> None:

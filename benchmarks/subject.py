@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip_trace import cost, engine, hooks
-from blip_trace.corruption import GaussianNoise, corrupt
+from blip_trace.corruption import GaussianNoise
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
 from blip_trace.ops import OpSet, get_ops
 from blip_trace.schedule import plan
-from blip_trace.sites import Cell, grid_cells
+from blip_trace.sites import HEAD_KINDS, Cell, grid_cells
 
 TOKENS = 9
 
@@ -37,10 +38,21 @@ def blip_shapes() -> BlipForQuestionAnswering:
     return BlipForQuestionAnswering.from_pretrained(shipped_model()).eval()
 
 
+def full_study(model: BlipForQuestionAnswering) -> list[Cell]:
+    """Three kinds for every token and layer of the question encoder, and every head at the last token."""
+    text = model.config.text_config
+    shape = (text.num_hidden_layers, 1, text.num_attention_heads)
+    states = [("hidden", range(TOKENS)), ("self_attn", range(TOKENS)), ("cross_attn", range(TOKENS))]
+    heads = [(kind, range(TOKENS - 1, TOKENS)) for kind in HEAD_KINDS]
+    return [
+        cell for kind, tokens in states + heads for cell in grid_cells("text_encoder", kind, tokens, *shape)
+    ]
+
+
 class Subject:
     """One question of `TOKENS` random tokens about one random image, under noise of `samples` draws."""
 
-    def __init__(self, model: BlipForQuestionAnswering, samples: int) -> None:
+    def __init__(self, model: BlipForQuestionAnswering, samples: int, cells: Sequence[Cell] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
         text, side = model.config.text_config, model.config.vision_config.image_size
         self.model = model
@@ -49,10 +61,10 @@ class Subject:
         self.program = lower(model)
         self.pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
         self.ids = torch.randint(5, text.vocab_size, (TOKENS,), generator=generator)
-        layers = text.num_hidden_layers
-        self.cells: tuple[Cell, ...] = (
-            *grid_cells("text_encoder", "hidden", range(TOKENS), layers, 1, text.num_attention_heads),
-            *grid_cells("text_decoder", "hidden", range(1), layers, 1, text.num_attention_heads),
+        layers, heads = text.num_hidden_layers, text.num_attention_heads
+        self.cells: tuple[Cell, ...] = tuple(cells) or (
+            *grid_cells("text_encoder", "hidden", range(TOKENS), layers, 1, heads),
+            *grid_cells("text_decoder", "hidden", range(1), layers, 1, heads),
         )
         self.task = self._task(hooks.encode_images(model, self.pixels)[0])
 
@@ -77,5 +89,5 @@ class Subject:
         return {cell: states[site][0] for cell in cells for site in cell.sites}
 
     def _task(self, clean: Tensor) -> engine.Task:
-        corrupted = corrupt(GaussianNoise(samples=self.samples), clean)
+        corrupted = GaussianNoise(samples=self.samples)(clean)
         return engine.Task(self.ids, None, clean, corrupted, self.cells)

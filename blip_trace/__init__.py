@@ -7,7 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .corruption import GaussianNoise
+    from .corruption import (
+        GaussianNoise,
+        ImageAblation,
+        ImageRegion,
+        ImageSwap,
+        PatchNoise,
+        PixelNoise,
+        TokenNoise,
+        TokenSwap,
+    )
     from .lowering.load import shipped_model
     from .ops import BackendUnavailableError
     from .result import TraceResult
@@ -18,7 +27,14 @@ __all__ = [
     "BackendUnavailableError",
     "Cell",
     "GaussianNoise",
+    "ImageAblation",
+    "ImageRegion",
+    "ImageSwap",
+    "PatchNoise",
+    "PixelNoise",
     "Site",
+    "TokenNoise",
+    "TokenSwap",
     "TraceResult",
     "Tracer",
     "__version__",
@@ -35,6 +51,13 @@ _HOMES = {
     "BackendUnavailableError": "ops",
     "Cell": "sites",
     "GaussianNoise": "corruption",
+    "ImageAblation": "corruption",
+    "ImageRegion": "corruption",
+    "ImageSwap": "corruption",
+    "PatchNoise": "corruption",
+    "PixelNoise": "corruption",
+    "TokenNoise": "corruption",
+    "TokenSwap": "corruption",
     "Site": "sites",
     "TraceResult": "result",
     "Tracer": "tracer",

@@ -1,68 +1,337 @@
-"""What corrupts an input: objects that turn clean image embeddings into several corrupted ones."""
+"""What corrupts an input: the image or its embeddings, or the question's token embeddings.
+
+A corruption is an object with a method `corrupt`, from `Original` to `Corrupted`, or any callable from the
+clean image embeddings [N, D] to corrupted ones [S, N, D], one for each sample.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Corruption = Callable[[Tensor], Tensor]
-"""Takes the clean image embeddings [N, D] and returns corrupted ones [S, N, D], one for each sample."""
+Edit = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
-    """Gaussian noise on the image embeddings, drawn once per sample and used for every cell of it.
+class Original:
+    """What a corruption starts from, and what it may ask for.
 
-    mode="multiply": e * n with n ~ N(mean, std), elementwise, as the BLIP causal-tracing tool does (Palit et
-    al. 2023, with N(1, 5)); mode="add": e + n (Meng et al. 2022 for token embeddings, mean 0).
-    Sample s is the same however many samples are drawn.
+    pixels [1, 3, H, W]; states [N, D], the clean image embeddings; ids [T] and words [T, C], the question's
+    tokens and their embeddings (before positions and norm), of a table whose standard deviation is
+    `words_std`; labels [T]. `encode(pixels [S, 3, H, W], edit)` gives image embeddings [S, N, D], with `edit`
+    applied to the embedded patches [S, N, D] first. `image` and `question` turn what a user hands in into
+    pixels and ids, `embed` ids into words, `find` a phrase into its tokens.
     """
 
-    mean: float = 1.0
-    std: float = 5.0
-    mode: Literal["multiply", "add"] = "multiply"
+    pixels: Tensor
+    states: Tensor
+    ids: Tensor
+    words: Tensor
+    words_std: float
+    labels: tuple[str, ...]
+    encode: Callable[[Tensor, Edit | None], Tensor]
+    image: Callable[[Any], Tensor]
+    question: Callable[[Any], Tensor]
+    embed: Callable[[Tensor], Tensor]
+    find: Callable[[str], range]
+
+
+@dataclass(frozen=True)
+class Corrupted:
+    """Corrupted inputs of S samples: images [S, N, D] or words [S, T, C]; None: that is left clean. `note`
+    tells what was changed, where that is not plain from the corruption."""
+
+    images: Tensor | None = None
+    words: Tensor | None = None
+    note: str = ""
+
+
+@runtime_checkable
+class InputCorruption(Protocol):
+    """A corruption that sees the whole input."""
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Corrupt it."""
+        ...
+
+
+Corruption = Callable[[Tensor], Tensor] | InputCorruption
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Noise drawn once per sample and used for every cell of it; sample s is the same however many are drawn.
+
+    n ~ N(mean, std), elementwise; mode="multiply": e * n; mode="add": e + n.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    mode: Literal["multiply", "add"] = "add"
     samples: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in ("multiply", "add"):
             raise ValueError(f"unknown noise mode {self.mode!r}: choose multiply or add")
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples must be a whole number of at least 1, not {self.samples!r}")
+        _check_samples(self.samples)
         if not math.isfinite(self.mean):
             raise ValueError(f"the noise's mean must be a finite number, not {self.mean!r}")
-        if not (math.isfinite(self.std) and self.std >= 0):
-            raise ValueError(f"the noise's std must be a finite number of at least 0, not {self.std!r}")
+        _check_std(self.std)
 
-    def __call__(self, embeddings: Tensor) -> Tensor:
-        """Corrupt embeddings [N, D]: [samples, N, D] in float32 or better, drawn on the CPU on any device."""
+    def apply(self, clean: Tensor) -> Tensor:
+        """Samples [S, ...] of `clean` in float32 or better, drawn on the CPU on any device."""
         generator = torch.Generator().manual_seed(self.seed)
-        shape = (self.samples, *embeddings.shape)
-        noise = torch.randn(shape, generator=generator).mul_(self.std).add_(self.mean)
-        noise = noise.to(embeddings.device)
-        clean = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        noise = torch.randn((self.samples, *clean.shape), generator=generator).mul_(self.std).add_(self.mean)
+        noise = noise.to(clean.device)
+        clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
         return clean * noise if self.mode == "multiply" else clean + noise
 
 
-def corrupt(corruption: Corruption, embeddings: Tensor) -> Tensor:
-    """Apply a corruption to embeddings [N, D] and check what it returns: [S, N, D] in their type.
+@dataclass(frozen=True)
+class GaussianNoise(_Noise):
+    """Gaussian noise on the image embeddings.
 
-    Raises TypeError or ValueError where it is no tensor, has another shape, or holds NaN or infinity.
+    mode="multiply": e * n with n ~ N(mean, std), elementwise, as the BLIP causal-tracing tool does (Palit et
+    al. 2023, with N(1, 5)); mode="add": e + n.
+    Sample s is the same however many samples are drawn.
     """
-    corrupted = corruption(embeddings)
+
+    mean: float = 1.0
+    std: float = 5.0
+    mode: Literal["multiply", "add"] = "multiply"
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Corrupt embeddings [N, D]: [samples, N, D] in float32 or better, drawn on the CPU on any device."""
+        return self.apply(embeddings)
+
+
+@dataclass(frozen=True)
+class PixelNoise(_Noise):
+    """Gaussian noise on the pixel values as the model sees them (normalised: their spread is about 1)."""
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Every sample is encoded."""
+        return Corrupted(images=original.encode(self.apply(original.pixels[0]), None))
+
+
+@dataclass(frozen=True)
+class PatchNoise(_Noise):
+    """Gaussian noise on the embedded patches (class token and positions included), the encoder's input."""
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Every sample is encoded."""
+
+        def edit(embedded: Tensor) -> Tensor:
+            return self.apply(embedded[0]).to(embedded.dtype)
+
+        pixels = original.pixels.expand(self.samples, -1, -1, -1)
+        return Corrupted(images=original.encode(pixels, edit))
+
+
+@dataclass(frozen=True)
+class TokenNoise:
+    """Noise added to the embeddings of the question's tokens (Meng et al. 2022, section 2.1).
+
+    span: a phrase of the question, or its tokens (first, behind the last), from 0; None: all of them.
+    std: in multiples of the standard deviation of the model's word embeddings (`relative`, as ROME's `s3`),
+    or absolute. distribution: "gaussian", or "uniform" between -std and std.
+    """
+
+    span: str | tuple[int, int] | None = None
+    std: float = 3.0
+    relative: bool = True
+    distribution: Literal["gaussian", "uniform"] = "gaussian"
+    samples: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("gaussian", "uniform"):
+            raise ValueError(f"unknown distribution {self.distribution!r}: choose gaussian or uniform")
+        _check_samples(self.samples)
+        _check_std(self.std)
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """The image stays clean, and its keys and values are shared by all runs."""
+        tokens = self._tokens(original)
+        generator = torch.Generator().manual_seed(self.seed)
+        words = original.words.to(torch.promote_types(original.words.dtype, torch.float32))
+        shape = (self.samples, len(tokens), words.shape[1])
+        if self.distribution == "gaussian":
+            noise = torch.randn(shape, generator=generator)
+        else:
+            noise = torch.rand(shape, generator=generator) * 2 - 1
+        corrupted = words.repeat(self.samples, 1, 1)
+        scale = self.std * (original.words_std if self.relative else 1.0)
+        corrupted[:, tokens.start : tokens.stop] += noise.to(words.device) * scale
+        spoilt = " ".join(original.labels[t] for t in tokens)
+        return Corrupted(words=corrupted, note=f"tokens {tokens.start} to {tokens.stop - 1}: {spoilt}")
+
+    def _tokens(self, original: Original) -> range:
+        length = len(original.ids)
+        if self.span is None:
+            return range(length)
+        if isinstance(self.span, str):
+            return original.find(self.span)
+        first, last = self.span
+        if not 0 <= first < last <= length:
+            raise ValueError(f"the span {self.span} is not within the question's {length} tokens")
+        return range(first, last)
+
+
+@dataclass(frozen=True)
+class ImageSwap:
+    """Another image in the place of the clean one, such as a semantic minimal pair (NOTICE): one sample."""
+
+    image: Any
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Takes whatever `Tracer.trace` takes for an image."""
+        return Corrupted(images=original.encode(original.image(self.image), None))
+
+
+@dataclass(frozen=True)
+class TokenSwap:
+    """Another question of as many tokens in the place of the clean one (symmetric token replacement, NOTICE):
+    one sample. The note of the result's settings names the tokens that differ."""
+
+    question: str | Tensor
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Raises ValueError where the questions differ in length, or not at all."""
+        ids = original.question(self.question)
+        if len(ids) != len(original.ids):
+            raise ValueError(
+                f"a token swap needs questions of equal length, not {len(original.ids)} and {len(ids)} tokens"
+            )
+        differing = (ids != original.ids).nonzero().flatten().tolist()
+        if not differing:
+            raise ValueError("a token swap needs another question: both have the same tokens")
+        note = ", ".join(f"token {t} was {original.labels[t]}" for t in differing)
+        return Corrupted(words=original.embed(ids)[None], note=note)
+
+
+@dataclass(frozen=True)
+class ImageAblation:
+    """The image embeddings replaced by zeros, by their mean over reference images, or, one sample for each,
+    by those of the reference images themselves (resample ablation)."""
+
+    mode: Literal["zero", "mean", "resample"] = "zero"
+    references: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("zero", "mean", "resample"):
+            raise ValueError(f"unknown ablation {self.mode!r}: choose zero, mean or resample")
+        if (self.mode == "zero") == bool(len(self.references)):
+            needs = "no reference images" if self.mode == "zero" else "reference images"
+            raise ValueError(f"an ablation of mode {self.mode!r} takes {needs}")
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """References are whatever `Tracer.trace` takes for an image."""
+        if self.mode == "zero":
+            return Corrupted(images=torch.zeros_like(original.states)[None])
+        pixels = torch.cat([original.image(image) for image in self.references])
+        states = original.encode(pixels, None)
+        return Corrupted(images=states if self.mode == "resample" else states.mean(0, keepdim=True))
+
+
+@dataclass(frozen=True)
+class ImageRegion:
+    """A region of the image hidden: filled with the mean colour, or blurred. One sample.
+
+    box: (left, top, right, bottom) in shares of the image's size; or mask: bool [H, W] at the model's image
+    size, true where it is hidden. blur: standard deviation in pixels; None: filled.
+    """
+
+    box: tuple[float, float, float, float] | None = None
+    mask: Tensor | None = None
+    blur: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError("a region is given by a box or by a mask, one of the two")
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise ValueError(f"the box {self.box} is not (left, top, right, bottom) within 0 to 1")
+        if self.blur is not None and not (math.isfinite(self.blur) and self.blur > 0):
+            raise ValueError(f"the blur must be a finite number of pixels above 0, not {self.blur!r}")
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Raises ValueError where the mask is of another size, or hides nothing."""
+        pixels = original.pixels
+        hidden = self._hidden(pixels.shape[2], pixels.shape[3]).to(pixels.device)
+        instead = torch.zeros_like(pixels) if self.blur is None else _blurred(pixels, self.blur)
+        return Corrupted(images=original.encode(torch.where(hidden, instead, pixels), None))
+
+    def _hidden(self, height: int, width: int) -> Tensor:
+        if self.box is not None:
+            left, top, right, bottom = self.box
+            across = (torch.arange(width) + 0.5) / width
+            down = (torch.arange(height) + 0.5) / height
+            inside = ((across > left) & (across < right))[None, :]
+            mask = inside & ((down > top) & (down < bottom))[:, None]
+        else:
+            assert self.mask is not None
+            mask = self.mask
+            if mask.dtype != torch.bool or mask.shape != (height, width):
+                raise ValueError(
+                    f"the mask must be bool [{height}, {width}], not {mask.dtype} {list(mask.shape)}"
+                )
+        if not bool(mask.any()):
+            raise ValueError("the region holds no pixel")
+        return mask
+
+
+def _blurred(pixels: Tensor, std: float) -> Tensor:
+    """Gaussian blur of [1, 3, H, W]; the border is repeated outwards."""
+    reach = math.ceil(3 * std)
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, device=pixels.device) / std) ** 2)
+    kernel = (kernel / kernel.sum()).to(pixels.dtype)
+    channels = pixels.transpose(0, 1)  # [3, 1, H, W]
+    wide = F.conv2d(F.pad(channels, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
+    both = F.conv2d(F.pad(wide, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
+    return both.transpose(0, 1)
+
+
+def corrupt(corruption: Corruption, original: Original) -> Corrupted:
+    """Apply a corruption and check what it returns; images and words come in the type of the clean ones.
+
+    Raises TypeError or ValueError where it returns something else, another shape, or NaN or infinity.
+    """
+    if isinstance(corruption, InputCorruption):
+        made = corruption.corrupt(original)
+        if not isinstance(made, Corrupted) or (made.images is None) == (made.words is None):
+            raise TypeError("a corruption must return a Corrupted with images or words, one of the two")
+    else:
+        made = Corrupted(images=corruption(original.states))
+    if made.words is not None:
+        return Corrupted(words=_checked(made.words, original.words), note=made.note)
+    return Corrupted(images=_checked(made.images, original.states), note=made.note)
+
+
+def _checked(corrupted: object, clean: Tensor) -> Tensor:
+    shape = f"[samples, {clean.shape[0]}, {clean.shape[1]}]"
     if not isinstance(corrupted, Tensor):
-        raise TypeError(f"a corruption must return a tensor [samples, {embeddings.shape[0]}, "
-                        f"{embeddings.shape[1]}], not {type(corrupted).__name__}")  # fmt: skip
-    if corrupted.dim() != 3 or corrupted.shape[1:] != embeddings.shape or corrupted.shape[0] == 0:
-        raise ValueError(
-            f"a corruption must return [samples, {embeddings.shape[0]}, {embeddings.shape[1]}], "
-            f"not {list(corrupted.shape)}"
-        )
+        raise TypeError(f"a corruption must return a tensor {shape}, not {type(corrupted).__name__}")
+    if corrupted.dim() != 3 or corrupted.shape[1:] != clean.shape or corrupted.shape[0] == 0:
+        raise ValueError(f"a corruption must return {shape}, not {list(corrupted.shape)}")
     if not bool(torch.isfinite(corrupted).all()):
         raise ValueError("the corruption made NaN or infinite embeddings")
-    return corrupted.to(embeddings.dtype)
+    return corrupted.to(clean.dtype)
+
+
+def _check_samples(samples: object) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise ValueError(f"samples must be a whole number of at least 1, not {samples!r}")
+
+
+def _check_std(std: float) -> None:
+    if not (math.isfinite(std) and std >= 0):
+        raise ValueError(f"the noise's std must be a finite number of at least 0, not {std!r}")

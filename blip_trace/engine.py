@@ -11,7 +11,17 @@ from torch import Tensor
 
 from . import cost
 from .ops import OpSet
-from .program import CrossAttention, Mlp, Norm, PatchEmbedding, Program, SelfAttention, Stack, Sublayer
+from .program import (
+    CrossAttention,
+    Mlp,
+    Norm,
+    PatchEmbedding,
+    Program,
+    SelfAttention,
+    Stack,
+    Sublayer,
+    TokenEmbedding,
+)
 from .schedule import Job, Plan, StackPlan, StackShape, Step, plan, straight_plan
 from .sites import Cell
 
@@ -30,21 +40,50 @@ class Task:
     """One question to trace.
 
     question_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
-    corrupted [S, N, D] image states, the cells to restore, and in which direction: see `schedule.Job`.
+    corrupted [S, N, D] image states, the cells to restore, in which direction (see `schedule.Job`), and
+    corrupted embeddings of the question's tokens, words [S, T, C]. Of `corrupted` and `words` one may be
+    None: clean.
     """
 
     question_ids: Tensor
     answer_ids: Tensor | None
     clean: Tensor
-    corrupted: Tensor
+    corrupted: Tensor | None
     cells: tuple[Cell, ...]
     direction: str = "denoise"
+    words: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """Corrupted inputs."""
+        given = self.words if self.corrupted is None else self.corrupted
+        assert given is not None
+        return len(given)
+
+    @property
+    def images(self) -> Tensor:
+        """Clean and corrupted image states, a set behind the other: [sets, N, D]."""
+        clean = self.clean[None]
+        return clean if self.corrupted is None else torch.cat((clean, self.corrupted))
+
+    def part(self, first: int, last: int) -> Task:
+        """The task of these samples alone."""
+        corrupted, words = (None if x is None else x[first:last] for x in (self.corrupted, self.words))
+        return replace(self, corrupted=corrupted, words=words)
 
     @property
     def job(self) -> Job:
         """The task's shape."""
         answer = 1 if self.answer_ids is None else len(self.answer_ids)
-        return Job(len(self.question_ids), answer, len(self.corrupted), self.cells, self.direction)
+        return Job(
+            len(self.question_ids),
+            answer,
+            self.samples,
+            self.cells,
+            self.direction,
+            images=self.corrupted is not None,
+            words=self.words is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -58,10 +97,14 @@ class Scores:
 
 
 @torch.inference_mode()
-def encode_images(program: Program, ops: OpSet, pixels: Tensor) -> Tensor:
-    """Image states [B, N, D] of pixel values [B, 3, H, W]."""
+def encode_images(
+    program: Program, ops: OpSet, pixels: Tensor, edit: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Image states [B, N, D] of pixel values [B, 3, H, W]; `edit` changes the embedded patches [B, N, D]."""
     stack = program.image
     embedded = _embed_patches(stack, pixels)  # [B, N, D]
+    if edit is not None:
+        embedded = edit(embedded).contiguous()
     images, tokens, width = embedded.shape
     plan = image_plan(program, images, tokens)
     states = _run_stack(stack, plan, ops, embedded.view(-1, width), None)
@@ -105,15 +148,14 @@ def score(
 
 def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:
     """One pass over the text stacks and the head."""
-    images = torch.cat([s for task in tasks for s in (task.clean[None], task.corrupted)]).flatten(0, 1)
-    ids = torch.cat([task.question_ids for task in tasks])
-    positions = torch.cat([torch.arange(len(task.question_ids)) for task in tasks])
-    embedded = _embed_tokens(program.question, ids, positions)
+    images = torch.cat([task.images for task in tasks]).flatten(0, 1)
+    embedded = torch.cat([_embed_question(program.question, task) for task in tasks])
     states = _run_stack(program.question, plan.question, ops, embedded, images, tick)
 
     given = [_decoder_input(program, task) for task in tasks]
     positions = torch.cat([torch.arange(len(ids)) for ids in given])
-    embedded = _embed_tokens(program.answer, torch.cat(given), positions)
+    words = _words(program.answer)[torch.cat(given)]
+    embedded = _embed_words(program.answer, words, positions)
     hidden = _run_stack(program.answer, plan.answer, ops, embedded, states, tick)
 
     head = program.head
@@ -124,7 +166,7 @@ def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: 
     rows, answers = [], []
     for number, task in enumerate(tasks):
         first = plan.first_run[number]
-        runs = 1 + len(task.corrupted) * (1 + len(task.cells))
+        runs = 1 + task.samples * (1 + len(task.cells))
         answer = task.answer_ids
         if answer is None:
             clean = hidden[first_row[first]][None]
@@ -209,11 +251,24 @@ def _mix_heads(context: Tensor, rows: Tensor) -> Tensor:
     return mixed.flatten(1)
 
 
-def _embed_tokens(stack: Stack, ids: Tensor, positions: Tensor) -> Tensor:
-    """Embedded tokens [rows, C] of ids and positions [rows]."""
-    embedding = stack.embedding
-    assert not isinstance(embedding, PatchEmbedding)
-    return _layer_norm(embedding.words[ids] + embedding.positions[positions], embedding.norm)
+def _words(stack: Stack) -> Tensor:
+    """The table of word embeddings [V, C]."""
+    assert isinstance(stack.embedding, TokenEmbedding)
+    return stack.embedding.words
+
+
+def _embed_words(stack: Stack, words: Tensor, positions: Tensor) -> Tensor:
+    """Embedded tokens [..., C] of word embeddings [..., C] at these positions."""
+    assert isinstance(stack.embedding, TokenEmbedding)
+    return _layer_norm(words + stack.embedding.positions[positions], stack.embedding.norm)
+
+
+def _embed_question(stack: Stack, task: Task) -> Tensor:
+    """The clean question, and the corrupted ones if there are any, one behind the other: [rows, C]."""
+    words = _words(stack)[task.question_ids][None]
+    if task.words is not None:
+        words = torch.cat((words, task.words))
+    return _embed_words(stack, words, torch.arange(len(task.question_ids))).flatten(0, 1)
 
 
 def _embed_patches(stack: Stack, pixels: Tensor) -> Tensor:
@@ -255,7 +310,7 @@ def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[li
             job.answer * cost.text_row_bytes(program.answer),
         )
         for part in _split(task, max(2, memory // run_bytes)):
-            needed = run_bytes * (1 + len(part.corrupted) * (1 + len(part.cells)))
+            needed = run_bytes * (1 + part.samples * (1 + len(part.cells)))
             if parts and taken + needed > memory:
                 yield parts
                 parts, taken = [], 0
@@ -269,17 +324,18 @@ def _split(task: Task, runs: int) -> Iterator[Task]:
     cells = len(task.cells)
     samples = runs // (1 + cells)
     if samples:
-        for corrupted in task.corrupted.split(samples):
-            yield replace(task, corrupted=corrupted)
+        for first in range(0, task.samples, samples):
+            yield task.part(first, first + samples)
         return
-    for corrupted in task.corrupted.split(1):
+    for sample in range(task.samples):
+        one = task.part(sample, sample + 1)
         for first in range(0, cells, runs - 1):
-            yield replace(task, corrupted=corrupted, cells=task.cells[first : first + runs - 1])
+            yield replace(one, cells=task.cells[first : first + runs - 1])
 
 
 def _scores(task: Task, answer: Tensor, log_probs: Tensor) -> Scores:
     """Sort the log-probabilities [runs, A] of a task's runs."""
-    samples = len(task.corrupted)
+    samples = task.samples
     return Scores(
         answer_ids=answer,
         clean=log_probs[0],
@@ -293,7 +349,7 @@ def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
     if len(parts) == 1:
         return parts[0]
     restored = torch.cat([part.restored.flatten(0, 1) for part in parts])
-    samples, cells = len(task.corrupted), len(task.cells)
+    samples, cells = task.samples, len(task.cells)
     # parts of one sample repeat its corrupted run
     corrupted = torch.cat([part.corrupted for part in parts])[:: max(1, -(-len(parts) // samples))]
     return Scores(

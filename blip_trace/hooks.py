@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,9 +42,10 @@ def site_module(model: BlipForQuestionAnswering, stack: str, layer: int, kind: s
 
 
 @torch.inference_mode()
-def encode_images(model: BlipForQuestionAnswering, pixels: Tensor) -> Tensor:
-    """Image states [B, N, D] of pixel values [B, 3, H, W]."""
-    states: Tensor = model.vision_model(pixel_values=pixels).last_hidden_state
+def encode_images(model: BlipForQuestionAnswering, pixels: Tensor, edit: Edit | None = None) -> Tensor:
+    """Image states [B, N, D] of pixel values [B, 3, H, W]; `edit` changes the embedded patches [B, N, D]."""
+    with editing({} if edit is None else {model.vision_model.embeddings: edit}):
+        states: Tensor = model.vision_model(pixel_values=pixels).last_hidden_state
     return states
 
 
@@ -77,20 +79,19 @@ def score(
         with recording(model, sites) as clean_states:
             logits = answer_logits(model, task.question_ids, decoder_ids, task.clean[None])
         answer = logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
+        clean = replace(task, corrupted=task.clean.expand(task.samples, -1, -1), words=None)
         with recording(model, sites) as corrupted_states:
-            corrupted = answer_logits(model, task.question_ids, decoder_ids, task.corrupted)
-        states, base = clean_states, task.corrupted
-        if task.direction == "noise":
-            states, base = corrupted_states, task.clean.expand_as(task.corrupted)
+            corrupted = _corrupted_logits(model, task, decoder_ids)
+        states, base = (clean_states, task) if task.direction == "denoise" else (corrupted_states, clean)
         restored = []
         for cell in task.cells:
             with _restoring(model, cell, states):
-                patched = answer_logits(model, task.question_ids, decoder_ids, base)
+                patched = _corrupted_logits(model, base, decoder_ids)
             restored.append(_log_probs(patched, answer))
             done += 1
             if progress is not None:
                 progress(done, total)
-        empty = corrupted.new_empty(len(task.corrupted), 0, len(answer)).float()
+        empty = corrupted.new_empty(task.samples, 0, len(answer)).float()
         results.append(
             Scores(
                 answer_ids=answer,
@@ -100,6 +101,18 @@ def score(
             )
         )
     return results
+
+
+def _corrupted_logits(model: BlipForQuestionAnswering, task: Task, decoder_ids: Tensor) -> Tensor:
+    """Logits [S, A, V] of the task's corrupted inputs."""
+    images = task.clean.expand(task.samples, -1, -1) if task.corrupted is None else task.corrupted
+    words = task.words
+    edits: dict[nn.Module, Edit] = {}
+    if words is not None:
+        # a copy: transformers adds the positions to it in place
+        edits[model.text_encoder.embeddings.word_embeddings] = lambda _: words.clone()
+    with editing(edits):
+        return answer_logits(model, task.question_ids, decoder_ids, images)
 
 
 def _log_probs(logits: Tensor, answer: Tensor) -> Tensor:

@@ -71,6 +71,16 @@ class Inputs:
             raise ValueError("the question is empty")
         return self._check(ids.long(), "question")
 
+    def find(self, phrase: str, ids: Tensor) -> range:
+        """The tokens of a question [T] in which a phrase stands, where it stands first. Raises ValueError
+        where it does not occur."""
+        wanted = self._tokenizer("a span")(phrase, add_special_tokens=False).input_ids
+        given = ids.tolist()
+        for first in range(len(given) - len(wanted) + 1):
+            if wanted and given[first : first + len(wanted)] == wanted:
+                return range(first, first + len(wanted))
+        raise ValueError(f"the span {phrase!r} does not occur in the question {self.text(given)!r}")
+
     def answer_ids(self, answer: str | int | None) -> Tensor | None:
         """Token ids [A] (int64), or None for the model's own."""
         if answer is None:

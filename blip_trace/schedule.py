@@ -31,13 +31,27 @@ Ints = npt.NDArray[np.int64]
 class Job:
     """The shape of one question: its runs are a clean one, one corrupted run per sample, and for every sample
     and cell one that is patched: the corrupted run with the cell's clean states (`denoise`) or the clean run
-    with its corrupted ones (`noise`). `question` and `answer` are lengths in tokens."""
+    with its corrupted ones (`noise`). `question` and `answer` are lengths in tokens. Corrupted are the image
+    states, the question's embeddings (`words`), or both."""
 
     question: int
     answer: int
     samples: int
     cells: tuple[Cell, ...]
     direction: str = "denoise"
+    images: bool = True
+    words: bool = False
+
+    @property
+    def image_sets(self) -> int:
+        """Sets of image states that the job brings: the clean one and, where images are corrupted, one for
+        each sample."""
+        return 1 + self.samples * self.images
+
+    @property
+    def entries(self) -> int:
+        """Embedded questions that it brings, likewise."""
+        return 1 + self.samples * self.words
 
 
 @dataclass(frozen=True)
@@ -104,15 +118,22 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def plan(question: StackShape, answer: StackShape, jobs: tuple[Job, ...], states: int) -> Plan:
-    """Plan a pass over `jobs`. Each job brings 1 + samples sets of `states` image states: clean, then
-    corrupted."""
+    """Plan a pass over `jobs`. Each job brings its embedded questions and sets of `states` image states:
+    clean, then corrupted."""
     first_run, restores = _runs(jobs)
+    inputs = [_inputs_of(job) for job in jobs]
+    first_set = _firsts([job.image_sets for job in jobs])
+    first_entry = _firsts([job.entries for job in jobs])
     question_plan = _plan_stack(
         question,
-        lengths=[job.question for job in jobs],
-        entry_of=np.repeat(np.arange(len(jobs)), [_runs_of(job) for job in jobs]),
-        source_of=_image_sources(jobs),
-        source_lengths=np.full(sum(1 + job.samples for job in jobs), states),
+        lengths=[job.question for job in jobs for _ in range(job.entries)],
+        entry_of=np.concatenate(
+            [first + own * job.words for first, own, job in zip(first_entry, inputs, jobs, strict=True)]
+        ),
+        source_of=np.concatenate(
+            [first + own * job.images for first, own, job in zip(first_set, inputs, jobs, strict=True)]
+        ),
+        source_lengths=np.full(sum(job.image_sets for job in jobs), states),
         restores=restores[question.name],
     )
     answer_plan = _plan_stack(
@@ -180,16 +201,16 @@ def _runs(jobs: Sequence[Job]) -> tuple[tuple[int, ...], dict[str, list[_Restore
     return tuple(first_run), restores
 
 
-def _image_sources(jobs: Sequence[Job]) -> Ints:
-    """For each run the number of the set of image states that it reads."""
-    sources: list[Ints] = []
-    first = 0
-    for job in jobs:
-        samples = first + 1 + np.arange(job.samples)
-        base = samples if job.direction == "denoise" else np.full(job.samples, first)
-        sources += [np.array([first]), samples, np.repeat(base, len(job.cells))]
-        first += 1 + job.samples
-    return np.concatenate(sources)
+def _inputs_of(job: Job) -> Ints:
+    """For each run of a job the input that it is given: 0 the clean one, 1 + s that of sample s."""
+    samples = 1 + np.arange(job.samples)
+    base = samples if job.direction == "denoise" else np.zeros_like(samples)
+    return np.concatenate(([0], samples, np.repeat(base, len(job.cells))))
+
+
+def _firsts(counts: Sequence[int]) -> list[int]:
+    """Where each part begins, of parts of so many items one behind the other."""
+    return [0, *np.cumsum(counts)[:-1].tolist()]
 
 
 class _Refined(NamedTuple):

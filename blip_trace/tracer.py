@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BlipForQuestionAnswering
 
 from . import __version__, engine, hooks
-from .corruption import Corruption, GaussianNoise, corrupt
+from .corruption import Corruption, GaussianNoise, InputCorruption, Original, corrupt
 from .inputs import Inputs
 from .lowering.blip import lower
 from .lowering.load import load_model, parse_dtype
@@ -168,7 +168,7 @@ class Tracer:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
         corruption = GaussianNoise() if corruption is None else corruption
-        if not callable(corruption):
+        if not callable(corruption) and not isinstance(corruption, InputCorruption):
             raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
         answers = [None] * len(pairs) if answers is None else answers
         if len(answers) != len(pairs):
@@ -190,15 +190,19 @@ class Tracer:
             chosen = {stack: check_tokens((tokens or {}).get(stack), lengths[stack]) for stack in stacks}
             grids = self._grids(stacks, kinds, window, chosen)
             cells = tuple(cell for grid in grids.values() for cell in grid)
-            corrupted = corrupt(corruption, clean)
-            tasks.append(engine.Task(question_ids, answer_ids, clean, corrupted, cells, direction))
-            cuts.append((grids, chosen))
+            made = corrupt(corruption, self._original(image, question_ids, clean))
+            tasks.append(
+                engine.Task(question_ids, answer_ids, clean, made.images, cells, direction, made.words)
+            )
+            cuts.append((grids, chosen, made.note))
         scores = self._score(tasks, progress)
 
         settings = {**self._settings(corruption, window), "direction": direction}
         return [
-            self._result(question, task, grids, chosen, own, settings)
-            for (_, question), task, (grids, chosen), own in zip(pairs, tasks, cuts, scores, strict=True)
+            self._result(question, task, grids, chosen, own, {**settings, "corrupted": note})
+            for (_, question), task, own, (grids, chosen, note) in zip(
+                pairs, tasks, scores, cuts, strict=True
+            )
         ]
 
     def _grids(
@@ -216,10 +220,7 @@ class Tracer:
         """Image embeddings [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
         key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
         if key not in self._states:
-            if self.backend == "hooks":
-                states = hooks.encode_images(self.model, pixels)[0]
-            else:
-                states = engine.encode_images(self.program, self.ops, pixels)[0]
+            states = self._encode(pixels, None)[0]
             if not bool(torch.isfinite(states).all()):
                 raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
             self._states[key] = states
@@ -227,6 +228,30 @@ class Tracer:
                 self._states.popitem(last=False)
         self._states.move_to_end(key)
         return self._states[key]
+
+    def _encode(self, pixels: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Image embeddings [S, N, D] of pixel values [S, 3, H, W]."""
+        pixels = pixels.float()
+        if self.backend == "hooks":
+            return hooks.encode_images(self.model, pixels, edit)
+        return engine.encode_images(self.program, self.ops, pixels, edit)
+
+    def _original(self, pixels: Tensor, ids: Tensor, states: Tensor) -> Original:
+        """What a corruption may know of a question."""
+        table = self.model.text_encoder.embeddings.word_embeddings.weight.detach()
+        return Original(
+            pixels=pixels,
+            states=states,
+            ids=ids,
+            words=table[ids],
+            words_std=float(table.float().std()),
+            labels=self._inputs.labels(ids.tolist()),
+            encode=self._encode,
+            image=self._inputs.pixels,
+            question=self._inputs.question_ids,
+            embed=lambda other: table[other],
+            find=lambda phrase: self._inputs.find(phrase, ids),
+        )
 
     def _score(self, tasks: Sequence[engine.Task], progress: Progress | None) -> list[engine.Scores]:
         if not tasks:

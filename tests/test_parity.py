@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import BlipForQuestionAnswering
 
 from blip_trace import GaussianNoise, Tracer, TraceResult, engine, hooks, reference
-from blip_trace.corruption import corrupt
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
 from blip_trace.scenes import Question, questions, random_scene
@@ -222,7 +221,7 @@ def test_float64_agrees_to_rounding() -> None:
     cells = [cell for kind in KINDS for cell in grid_cells("text_encoder", kind, range(len(ids)), 4, 1, 4)]
     cells += [cell for kind in KINDS for cell in grid_cells("text_decoder", kind, range(1), 4, 1, 4)]
     clean = hooks.encode_images(model, pixels)[0]
-    task = engine.Task(ids, None, clean, corrupt(GaussianNoise(samples=2), clean), tuple(cells))
+    task = engine.Task(ids, None, clean, GaussianNoise(samples=2)(clean), tuple(cells))
 
     program = lower(model)
     assert (engine.encode_images(program, reference, pixels)[0] - clean).abs().max() <= 1e-12

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip_trace import engine, hooks, reference
-from blip_trace.corruption import GaussianNoise, corrupt
+from blip_trace.corruption import GaussianNoise
 from blip_trace.lowering.blip import lower
 from blip_trace.ops import get_ops
 from blip_trace.sites import DIRECTIONS, HEAD_KINDS, KINDS, Cell, Site
@@ -92,7 +92,7 @@ def test_any_cells_of_any_model(data: st.DataObject) -> None:
         chosen = data.draw(st.lists(cells(*shape, tokens), min_size=1, max_size=6))
         noise = GaussianNoise(std=1.0, samples=data.draw(st.integers(1, 3)))
         direction = data.draw(st.sampled_from(DIRECTIONS))
-        tasks.append(engine.Task(question, answer, clean, corrupt(noise, clean), tuple(chosen), direction))
+        tasks.append(engine.Task(question, answer, clean, noise(clean), tuple(chosen), direction))
 
     truth = hooks.score(model, tasks)
     ours = engine.score(lower(model), reference, tasks, memory=data.draw(st.sampled_from([1, 2**28])))
