@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from .lowering.load import shipped_model
     from .ops import BackendUnavailableError
-    from .result import TraceResult
+    from .result import Restored, TraceResult
     from .sites import Cell, Site
     from .tracer import Tracer
 
@@ -32,6 +32,7 @@ __all__ = [
     "ImageSwap",
     "PatchNoise",
     "PixelNoise",
+    "Restored",
     "Site",
     "TokenNoise",
     "TokenSwap",
@@ -58,6 +59,7 @@ _HOMES = {
     "PixelNoise": "corruption",
     "TokenNoise": "corruption",
     "TokenSwap": "corruption",
+    "Restored": "result",
     "Site": "sites",
     "TraceResult": "result",
     "Tracer": "tracer",

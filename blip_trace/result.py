@@ -236,6 +236,24 @@ class TraceResult:
         }
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What `Tracer.restore` returns: probabilities of the whole answer, a cell each.
+
+    scores float32 [samples, cells], low_scores [samples] of the corrupted run, high_score of the clean one;
+    token_log_probs float64 [samples, cells, answer tokens].
+    """
+
+    scores: Tensor
+    token_log_probs: Tensor
+    low_scores: Tensor
+    high_score: float
+    question: str
+    answer: str
+    answer_ids: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 STACKS = ("vision", "text_encoder", "text_decoder")
 DIRECTIONS = ("denoise", "noise")
@@ -59,6 +62,52 @@ class Cell:
     def of(cls, sites: Iterable[Site]) -> Cell:
         """A cell of these sites; their order does not matter."""
         return cls(frozenset(sites))
+
+    @classmethod
+    def each(cls, stack: str, kind: str, index: ArrayLike) -> list[Cell]:
+        """A cell of one site for each row of `index`, whole numbers [n, 2] of layers and tokens or, for kinds of
+        heads, [n, 3] of layers, tokens and heads. Raises ValueError for another shape."""
+        rows = np.asarray(index)
+        columns = 3 if kind in HEAD_KINDS else 2
+        if rows.ndim != 2 or rows.shape[1] != columns or not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(
+                f"sites of kind {kind!r} are whole numbers [n, {columns}], not {list(rows.shape)}"
+            )
+        return [cls.of([Site(stack, layer, kind, token, *head)]) for layer, token, *head in rows.tolist()]
+
+
+def check_cells(
+    cells: Sequence[Cell | Site | Iterable[Site]], lengths: Mapping[str, int], layers: int, heads: int
+) -> tuple[Cell, ...]:
+    """Cells of what may also be given as a site or as several; `lengths`: tokens of each stack.
+
+    Raises ValueError where there are none, for a cell without sites and for a site that does not exist,
+    TypeError for anything else.
+    """
+    made = []
+    for given in cells:
+        cell = given if isinstance(given, Cell) else Cell.of([given] if isinstance(given, Site) else given)
+        if not cell.sites:
+            raise ValueError("a cell without sites restores nothing")
+        for site in cell.sites:
+            _check_site(site, lengths, layers, heads)
+        made.append(cell)
+    if not made:
+        raise ValueError("no cells given to restore")
+    return tuple(made)
+
+
+def _check_site(site: object, lengths: Mapping[str, int], layers: int, heads: int) -> None:
+    if not isinstance(site, Site):
+        raise TypeError(f"a cell is made of sites, not of {type(site).__name__}")
+    check_names("stack", site.stack, lengths)
+    check_names("kind", site.kind, KINDS)
+    limits = {"layer": (site.layer, layers), "token": (site.token, lengths[site.stack])}
+    if site.head is not None:
+        limits["head"] = (site.head, heads)
+    for what, (number, limit) in limits.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < limit:
+            raise ValueError(f"{site.stack} has no {what} {number!r}: it has {limit} (0 to {limit - 1})")
 
 
 def window_layers(layer: int, window: int, layers: int) -> range:

@@ -6,7 +6,8 @@ import hashlib
 import platform
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,18 @@ from .lowering.blip import lower
 from .lowering.load import load_model, parse_dtype
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .program import Program
-from .result import TraceResult
-from .sites import DIRECTIONS, HEAD_KINDS, Cell, check_maps, check_names, check_tokens, grid_cells
+from .result import Restored, TraceResult
+from .sites import (
+    DIRECTIONS,
+    HEAD_KINDS,
+    Cell,
+    Site,
+    check_cells,
+    check_maps,
+    check_names,
+    check_tokens,
+    grid_cells,
+)
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
@@ -33,6 +44,21 @@ Progress = Callable[[float], None]
 
 BACKENDS = ("auto", "native", "reference", "hooks")
 CACHED_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A checked question: pixels [1, 3, H, W], question_ids [T], answer_ids [A] or None."""
+
+    pixels: Tensor
+    question_ids: Tensor
+    answer_ids: Tensor | None
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of each text stack."""
+        answer = 1 if self.answer_ids is None else len(self.answer_ids)
+        return {"text_encoder": len(self.question_ids), "text_decoder": answer}
 
 
 class Tracer:
@@ -167,43 +193,97 @@ class Tracer:
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
-        corruption = GaussianNoise() if corruption is None else corruption
-        if not callable(corruption) and not isinstance(corruption, InputCorruption):
-            raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
+        corruption = self._check_corruption(corruption, direction)
         answers = [None] * len(pairs) if answers is None else answers
         if len(answers) != len(pairs):
             raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
         stacks, kinds = check_maps(stacks, kinds, window)
         check_names("stack", list(tokens or stacks), stacks)
-        check_names("direction", direction, DIRECTIONS)
 
         tasks, cuts = [], []
-        pixels = [self._inputs.pixels(image) for image, _ in pairs]
-        asked = [self._inputs.question_ids(question) for _, question in pairs]
-        wanted = [self._inputs.answer_ids(answer) for answer in answers]
-        for image, question_ids, answer_ids in zip(pixels, asked, wanted, strict=True):
-            clean = self._image_states(image)
-            lengths = {
-                "text_encoder": len(question_ids),
-                "text_decoder": 1 if answer_ids is None else len(answer_ids),
-            }
+        asked = [self._ask(*pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
+        for inputs in asked:
+            lengths = inputs.lengths
             chosen = {stack: check_tokens((tokens or {}).get(stack), lengths[stack]) for stack in stacks}
             grids = self._grids(stacks, kinds, window, chosen)
             cells = tuple(cell for grid in grids.values() for cell in grid)
-            made = corrupt(corruption, self._original(image, question_ids, clean))
-            tasks.append(
-                engine.Task(question_ids, answer_ids, clean, made.images, cells, direction, made.words)
-            )
-            cuts.append((grids, chosen, made.note))
+            task, note = self._task(inputs, corruption, cells, direction)
+            tasks.append(task)
+            cuts.append((grids, chosen, note))
         scores = self._score(tasks, progress)
 
-        settings = {**self._settings(corruption, window), "direction": direction}
+        settings = {**self._settings(corruption), "window": window, "direction": direction}
         return [
             self._result(question, task, grids, chosen, own, {**settings, "corrupted": note})
             for (_, question), task, own, (grids, chosen, note) in zip(
                 pairs, tasks, scores, cuts, strict=True
             )
         ]
+
+    def restore(
+        self,
+        image: Image,
+        question: str | Tensor,
+        cells: Sequence[Cell | Site | Iterable[Site]],
+        answer: str | int | None = None,
+        corruption: Corruption | None = None,
+        direction: str = "denoise",
+        progress: Progress | None = None,
+    ) -> Restored:
+        """P(answer) with any sets of states put back, in one pass: what other tools build on.
+
+        cells: each a `Cell`, a `Site` or several sites, which are restored together in a run of their own, in
+        any stack, layer, kind, token and head (`Cell.each` makes many from arrays). Equal cells are computed
+        once. Everything else as in `trace`.
+
+        Raises ValueError for an empty list, an empty cell, and a site that this question or model does not
+        have.
+        """
+        corruption = self._check_corruption(corruption, direction)
+        inputs = self._ask(image, question, answer)
+        config = self.model.config.text_config
+        checked = check_cells(cells, inputs.lengths, config.num_hidden_layers, config.num_attention_heads)
+        distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
+        task, note = self._task(inputs, corruption, tuple(distinct), direction)
+        (scores,) = self._score([task], progress)
+        log_probs = scores.restored[:, [distinct[cell] for cell in checked]]  # [S, cells, A]
+        return Restored(
+            scores=log_probs.sum(-1).exp().float(),
+            token_log_probs=log_probs.double(),
+            low_scores=scores.corrupted.sum(-1).exp().float(),
+            high_score=float(scores.clean.sum().exp()),
+            question=self._question_text(question, task),
+            answer=self._inputs.text(scores.answer_ids.tolist()),
+            answer_ids=tuple(scores.answer_ids.tolist()),
+            settings={**self._settings(corruption), "direction": direction, "corrupted": note},
+        )
+
+    @staticmethod
+    def _check_corruption(corruption: Corruption | None, direction: str) -> Corruption:
+        check_names("direction", direction, DIRECTIONS)
+        corruption = GaussianNoise() if corruption is None else corruption
+        if not callable(corruption) and not isinstance(corruption, InputCorruption):
+            raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
+        return corruption
+
+    def _ask(self, image: Image, question: str | Tensor, answer: str | int | None) -> _Asked:
+        return _Asked(
+            self._inputs.pixels(image), self._inputs.question_ids(question), self._inputs.answer_ids(answer)
+        )
+
+    def _task(
+        self, asked: _Asked, corruption: Corruption, cells: tuple[Cell, ...], direction: str
+    ) -> tuple[engine.Task, str]:
+        """What the engine is given, and what the corruption says it changed."""
+        clean = self._image_states(asked.pixels)
+        made = corrupt(corruption, self._original(asked.pixels, asked.question_ids, clean))
+        task = engine.Task(
+            asked.question_ids, asked.answer_ids, clean, made.images, cells, direction, made.words
+        )
+        return task, made.note
+
+    def _question_text(self, question: str | Tensor, task: engine.Task) -> str:
+        return question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist())
 
     def _grids(
         self, stacks: Sequence[str], kinds: Sequence[str], window: int, tokens: Mapping[str, Sequence[int]]
@@ -292,13 +372,13 @@ class Tracer:
             high_score=float(scores.clean.sum().exp()),
             positions={stack: tuple(tokens) for stack, tokens in chosen.items()},
             stack_tokens={stack: tuple(labels[stack][t] for t in tokens) for stack, tokens in chosen.items()},
-            question=question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist()),
+            question=self._question_text(question, task),
             answer=self._inputs.text(answer_ids),
             answer_ids=tuple(answer_ids),
             settings=settings,
         )
 
-    def _settings(self, corruption: Corruption, window: int) -> dict[str, Any]:
+    def _settings(self, corruption: Corruption) -> dict[str, Any]:
         return {
             "blip_trace": __version__,
             "torch": torch.__version__,
@@ -309,7 +389,6 @@ class Tracer:
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "image_processor": self._inputs.image_processor,
             "corruption": repr(corruption),
-            "window": window,
         }
 
 
