@@ -65,8 +65,8 @@ class Cell:
 
     @classmethod
     def each(cls, stack: str, kind: str, index: ArrayLike) -> list[Cell]:
-        """A cell of one site for each row of `index`, whole numbers [n, 2] of layers and tokens or, for kinds of
-        heads, [n, 3] of layers, tokens and heads. Raises ValueError for another shape."""
+        """A cell of one site for each row of `index`, whole numbers [n, 2] of layers and tokens or, for kinds
+        of heads, [n, 3] of layers, tokens and heads. Raises ValueError for another shape."""
         rows = np.asarray(index)
         columns = 3 if kind in HEAD_KINDS else 2
         if rows.ndim != 2 or rows.shape[1] != columns or not np.issubdtype(rows.dtype, np.integer):
