@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Edit = Callable[[Tensor], Tensor]
+Edit = Callable[[Tensor, slice], Tensor]
+"""Takes the embedded patches [B, N, D] of these samples and returns what is to be encoded in their place."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,12 @@ class PatchNoise(_Noise):
     def corrupt(self, original: Original) -> Corrupted:
         """Every sample is encoded."""
 
-        def edit(embedded: Tensor) -> Tensor:
-            return self.apply(embedded[0]).to(embedded.dtype)
+        noisy: list[Tensor] = []
+
+        def edit(embedded: Tensor, samples: slice) -> Tensor:
+            if not noisy:
+                noisy.append(self.apply(embedded[0]))
+            return noisy[0][samples].to(embedded.dtype)
 
         pixels = original.pixels.expand(self.samples, -1, -1, -1)
         return Corrupted(images=original.encode(pixels, edit))

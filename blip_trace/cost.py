@@ -64,8 +64,8 @@ def image_operations(stack: Stack, plan: StackPlan) -> int:
     return 2 * patches * projection.numel() + sum(stack_operations(stack, plan))
 
 
-def text_row_bytes(stack: Stack) -> int:
-    """Peak bytes of activations for each row of a text stack's batch."""
+def row_bytes(stack: Stack) -> int:
+    """Peak bytes of activations for each row of a stack's batch."""
     elements = 0
     for sublayer in stack.layers[0].sublayers:
         match sublayer:

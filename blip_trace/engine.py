@@ -306,8 +306,8 @@ def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[li
     for number, task in enumerate(tasks):
         job = task.job
         run_bytes = max(
-            job.question * cost.text_row_bytes(program.question),
-            job.answer * cost.text_row_bytes(program.answer),
+            job.question * cost.row_bytes(program.question),
+            job.answer * cost.row_bytes(program.answer),
         )
         for part in _split(task, max(2, memory // run_bytes)):
             needed = run_bytes * (1 + part.samples * (1 + len(part.cells)))

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import BlipForQuestionAnswering
 
-from . import __version__, engine, hooks
-from .corruption import Corruption, GaussianNoise, InputCorruption, Original, corrupt
+from . import __version__, cost, engine, hooks
+from .corruption import Corruption, Edit, GaussianNoise, InputCorruption, Original, corrupt
 from .inputs import Inputs
 from .lowering.blip import lower
 from .lowering.load import load_model, parse_dtype
 from .ops import OpSet, get_ops, native_unavailable_reason
-from .program import Program
+from .program import PatchEmbedding, Program
 from .result import Restored, TraceResult
 from .sites import (
     DIRECTIONS,
@@ -309,12 +309,29 @@ class Tracer:
         self._states.move_to_end(key)
         return self._states[key]
 
-    def _encode(self, pixels: Tensor, edit: Callable[[Tensor], Tensor] | None) -> Tensor:
-        """Image embeddings [S, N, D] of pixel values [S, 3, H, W]."""
-        pixels = pixels.float()
+    def _encode(self, pixels: Tensor, edit: Edit | None) -> Tensor:
+        """Image embeddings [S, N, D] of pixel values [S, 3, H, W], as many at once as memory allows."""
+        states = []
+        for first in range(0, len(pixels), self._images_at_once):
+            samples = slice(first, first + self._images_at_once)
+            part = pixels[samples].float()
+
+            def change(embedded: Tensor, samples: slice = samples) -> Tensor:
+                return embedded if edit is None else edit(embedded, samples)
+
+            if self.backend == "hooks":
+                states.append(hooks.encode_images(self.model, part, change))
+            else:
+                states.append(engine.encode_images(self.program, self.ops, part, change))
+        return torch.cat(states)
+
+    @property
+    def _images_at_once(self) -> int:
         if self.backend == "hooks":
-            return hooks.encode_images(self.model, pixels, edit)
-        return engine.encode_images(self.program, self.ops, pixels, edit)
+            return 1
+        image = self.program.image
+        assert isinstance(image.embedding, PatchEmbedding)
+        return max(1, self.memory // (len(image.embedding.positions) * cost.row_bytes(image)))
 
     def _original(self, pixels: Tensor, ids: Tensor, states: Tensor) -> Original:
         """What a corruption may know of a question."""

@@ -115,3 +115,15 @@ def test_bad_corruptions(tiny_tracer: Tracer, picture: PIL.Image.Image, make: An
     assert "red" in WORDS
     with pytest.raises((ValueError, TypeError), match=match):
         tiny_tracer.trace(picture, "what color is the red", corruption=make())
+
+
+def test_many_noisy_images_are_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = blip_trace.PatchNoise(std=1.0, samples=9)
+    together = tracer("native").trace(IMAGE, QUESTION, corruption=noise)
+    sizes = []
+    encode = engine.encode_images
+    monkeypatch.setattr(engine, "encode_images", lambda *args: sizes.append(len(args[2])) or encode(*args))
+    small = Tracer.from_pretrained(blip_trace.shipped_model(), backend="native", memory=2**20)
+    parts = small.trace(IMAGE, QUESTION, corruption=noise)
+    assert sizes == [1, 4, 4, 1]  # the clean one, then the samples
+    assert largest_difference(parts, together) <= TOLERANCE
