@@ -89,5 +89,5 @@ class Subject:
         return {cell: states[site][0] for cell in cells for site in cell.sites}
 
     def _task(self, clean: Tensor) -> engine.Task:
-        corrupted = GaussianNoise(samples=self.samples)(clean)
+        corrupted = GaussianNoise(samples=self.samples)(clean).to(clean.dtype)
         return engine.Task(self.ids, None, clean, corrupted, self.cells)
