@@ -25,16 +25,16 @@ class Original:
 
     pixels [1, 3, H, W]; states [N, D], the clean image embeddings; ids [T] and words [T, C], the question's
     tokens and their embeddings (before positions and norm), of a table whose standard deviation is
-    `words_std`; labels [T]. `encode(pixels [S, 3, H, W], edit)` gives image embeddings [S, N, D], with `edit`
-    applied to the embedded patches [S, N, D] first. `image` and `question` turn what a user hands in into
-    pixels and ids, `embed` ids into words, `find` a phrase into its tokens.
+    `words_std()`; labels [T]. `encode(pixels [S, 3, H, W], edit)` gives image embeddings [S, N, D], with
+    `edit` applied to the embedded patches [S, N, D] first. `image` and `question` turn what a user hands in
+    into pixels and ids, `embed` ids into words, `find` a phrase into its tokens.
     """
 
     pixels: Tensor
     states: Tensor
     ids: Tensor
     words: Tensor
-    words_std: float
+    words_std: Callable[[], float]
     labels: tuple[str, ...]
     encode: Callable[[Tensor, Edit | None], Tensor]
     image: Callable[[Any], Tensor]
@@ -173,7 +173,7 @@ class TokenNoise:
         else:
             noise = torch.rand(shape, generator=generator) * 2 - 1
         corrupted = words.repeat(self.samples, 1, 1)
-        scale = self.std * (original.words_std if self.relative else 1.0)
+        scale = self.std * (original.words_std() if self.relative else 1.0)
         corrupted[:, tokens.start : tokens.stop] += noise.to(words.device) * scale
         spoilt = " ".join(original.labels[t] for t in tokens)
         return Corrupted(words=corrupted, note=f"tokens {tokens.start} to {tokens.stop - 1}: {spoilt}")

@@ -61,10 +61,10 @@ class Task:
         return len(given)
 
     @property
-    def images(self) -> Tensor:
-        """Clean and corrupted image states, a set behind the other: [sets, N, D]."""
+    def images(self) -> tuple[Tensor, ...]:
+        """Sets of image states, the clean one and then the corrupted ones: each [sets, N, D]."""
         clean = self.clean[None]
-        return clean if self.corrupted is None else torch.cat((clean, self.corrupted))
+        return (clean,) if self.corrupted is None else (clean, self.corrupted)
 
     def part(self, first: int, last: int) -> Task:
         """The task of these samples alone."""
@@ -148,7 +148,7 @@ def score(
 
 def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:
     """One pass over the text stacks and the head."""
-    images = torch.cat([task.images for task in tasks]).flatten(0, 1)
+    images = torch.cat([states for task in tasks for states in task.images]).flatten(0, 1)
     embedded = torch.cat([_embed_question(program.question, task) for task in tasks])
     states = _run_stack(program.question, plan.question, ops, embedded, images, tick)
 

@@ -316,9 +316,7 @@ class Tracer:
             samples = slice(first, first + self._images_at_once)
             part = pixels[samples].float()
 
-            def change(embedded: Tensor, samples: slice = samples) -> Tensor:
-                return embedded if edit is None else edit(embedded, samples)
-
+            change = None if edit is None else _for_samples(edit, samples)
             if self.backend == "hooks":
                 states.append(hooks.encode_images(self.model, part, change))
             else:
@@ -333,15 +331,25 @@ class Tracer:
         assert isinstance(image.embedding, PatchEmbedding)
         return max(1, self.memory // (len(image.embedding.positions) * cost.row_bytes(image)))
 
+    @property
+    def _word_table(self) -> Tensor:
+        table: Tensor = self.model.text_encoder.embeddings.word_embeddings.weight
+        return table.detach()
+
+    @cached_property
+    def _words_std(self) -> float:
+        """Of all word embeddings; a pass over the whole table, which only noise in multiples of it needs."""
+        return float(self._word_table.float().std())
+
     def _original(self, pixels: Tensor, ids: Tensor, states: Tensor) -> Original:
         """What a corruption may know of a question."""
-        table = self.model.text_encoder.embeddings.word_embeddings.weight.detach()
+        table = self._word_table
         return Original(
             pixels=pixels,
             states=states,
             ids=ids,
             words=table[ids],
-            words_std=float(table.float().std()),
+            words_std=lambda: self._words_std,
             labels=self._inputs.labels(ids.tolist()),
             encode=self._encode,
             image=self._inputs.pixels,
@@ -407,6 +415,10 @@ class Tracer:
             "image_processor": self._inputs.image_processor,
             "corruption": repr(corruption),
         }
+
+
+def _for_samples(edit: Edit, samples: slice) -> Callable[[Tensor], Tensor]:
+    return lambda embedded: edit(embedded, samples)
 
 
 def _choose_backend(backend: Backend) -> Literal["native", "reference", "hooks"]:

@@ -42,9 +42,10 @@ struct RowKernels {
   void (*log_sum_exp)(const In* x, const Out* bias, std::int64_t cols, float* max, float* sum);
 };
 
-// The right-hand side of a product: K x N words (floats, or pairs along K) in panels of `panel_width()` columns, each panel a
-// contiguous [K, width] (the last one rounded up to whole vectors with zeros). Or, not worth
-// packing, a plain matrix of whole vectors a row: then `stride` is that between its rows.
+// The right-hand side of a product: K x N words (floats, or pairs along K) in panels of
+// `panel_width()` columns, each panel a contiguous [K, width] (the last one rounded up to whole
+// vectors with zeros). Or, not worth packing, a plain matrix of whole vectors a row: then `stride`
+// is that between its rows.
 struct Panels {
   const float* data;
   std::int64_t k;

@@ -23,7 +23,8 @@ enum class Way {
 Way float32_way();
 Way bfloat16_way();
 
-// For tests: all products the way of this name, if the kernels have it; nullopt: what is said above.
+// For tests: all products the way of this name, if the kernels have it; nullopt: what is said
+// above.
 void force_way(std::optional<std::string> name);
 
 // As `force_way` takes it.
