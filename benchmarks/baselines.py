@@ -4,6 +4,7 @@ today, and the strongest thing stock torch can do."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,6 @@ def published_loop(
     (B) is the same loop with an `encode` that only returns what was encoded before: what an intervention of
     pyvene or nnsight costs too, which run the clean input along.
     """
-    decoder_ids = torch.tensor([model.decoder_start_token_id])
     for cell in cells:
         clean = encode()
         images = torch.cat((clean, encode()))
@@ -41,7 +41,7 @@ def published_loop(
 
             edits[hooks.site_module(model, site.stack, site.layer, site.kind)] = restore
         with hooks.editing(edits):
-            logits = hooks.answer_logits(model, task.question_ids, decoder_ids, images)
+            logits = hooks.answer_logits(model, task, images)
         logits[1:, -1].float().softmax(-1)
 
 
@@ -49,7 +49,7 @@ def published_loop(
 def lean_hooks(model: BlipForQuestionAnswering, task: Task, cells: Sequence[Cell]) -> None:
     """This package's own hook backend: the image encoded and the clean states recorded once, then one forward
     pass of the corrupted run alone for every cell."""
-    hooks.score(model, [Task(task.question_ids, task.answer_ids, task.clean, task.corrupted, tuple(cells))])
+    hooks.score(model, [replace(task, cells=tuple(cells))])
 
 
 @torch.inference_mode()
@@ -61,7 +61,6 @@ def batched_hooks(
     The image is encoded once, its keys and values are projected for every row. `clean`: the state of each
     one-site cell.
     """
-    decoder_ids = torch.tensor([model.decoder_start_token_id])
     edits: dict[torch.nn.Module, hooks.Edit] = {}
     rows_of: dict[torch.nn.Module, list[tuple[int, Cell]]] = {}
     for row, cell in enumerate(cells):
@@ -80,7 +79,7 @@ def batched_hooks(
         edits[module] = restore
     images = task.corrupted[:1].expand(len(cells), -1, -1)
     with hooks.editing(edits):
-        return hooks.answer_logits(model, task.question_ids, decoder_ids, images)[:, -1]
+        return hooks.answer_logits(model, task, images)[:, -1]
 
 
 class StockOps:
@@ -114,7 +113,9 @@ class StockOps:
         return F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, eps), total
 
     @staticmethod
-    def self_attention(qkv: Tensor, starts: Tensor, heads: int, causal: bool) -> Tensor:
+    def self_attention(
+        qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads: int, causal: bool
+    ) -> Tensor:
         runs = len(starts) - 1  # of equal length in the benchmarks
         q, k, v = qkv.view(runs, len(qkv) // runs, 3, heads, -1).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(len(qkv), -1)

@@ -75,7 +75,7 @@ def self_attention(dtype: torch.dtype, runs: int, tokens: int, heads: int, size:
         context = F.scaled_dot_product_attention(q, k, v)
         return context.transpose(1, 2).reshape(runs * tokens, heads * size)
 
-    return lambda: native().self_attention(qkv, marks, heads, False), stock
+    return lambda: native().self_attention(qkv, marks, None, heads, False), stock
 
 
 def cross_attention(

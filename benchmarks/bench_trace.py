@@ -21,7 +21,6 @@ from baselines import StockOps, batched_hooks, lean_hooks, published_loop
 from conftest import Gate
 from subject import Subject, blip_base, blip_shapes, full_study
 
-from blip_trace import hooks
 from blip_trace.ops import OpSet
 
 Work = Callable[[], object]
@@ -72,7 +71,7 @@ def published(subject: Subject) -> Work:
     """One cell of the published loop, in the type of the subject's model."""
     return lambda: published_loop(
         subject.model,
-        lambda: hooks.encode_images(subject.model, subject.pixels),
+        lambda: subject.encoded_by_model(),
         subject.task,
         subject.cells[40:41],
     )
@@ -86,7 +85,7 @@ def test_one_sample(benchmark: Any, gate: Gate, quick: bool, dtype: str) -> None
     clean, cached = subject.clean_states(rows), subject.task.clean[None]
     others = {
         "A": published(subject),
-        "image": lambda: hooks.encode_images(subject.model, subject.pixels),
+        "image": lambda: subject.encoded_by_model(),
         "B": lambda: published_loop(subject.model, lambda: cached, subject.task, one),
         "lean, no cells": lambda: lean_hooks(subject.model, subject.task, ()),
         "lean": lambda: lean_hooks(subject.model, subject.task, one),
@@ -164,7 +163,7 @@ def test_shipped_model(benchmark: Any, gate: Gate, quick: bool) -> None:
             subject.trace(ops)
 
     others = {
-        "image": lambda: hooks.encode_images(subject.model, subject.pixels),
+        "image": lambda: subject.encoded_by_model(),
         "B": lambda: published_loop(subject.model, lambda: cached, subject.task, subject.cells),
         "lean": lambda: lean_hooks(subject.model, subject.task, subject.cells),
         "D": lambda: trace(StockOps()),

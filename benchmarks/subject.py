@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -11,11 +11,11 @@ from transformers import BlipConfig, BlipForQuestionAnswering
 
 from blip_trace import cost, engine, hooks
 from blip_trace.corruption import GaussianNoise
+from blip_trace.embedding import embed_patches
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
 from blip_trace.ops import OpSet, get_ops
-from blip_trace.schedule import plan
-from blip_trace.sites import HEAD_KINDS, Cell, grid_cells
+from blip_trace.sites import HEAD_KINDS, Cell, Shape, grid_cells
 
 TOKENS = 9
 
@@ -40,13 +40,18 @@ def blip_shapes() -> BlipForQuestionAnswering:
 
 def full_study(model: BlipForQuestionAnswering) -> list[Cell]:
     """Three kinds for every token and layer of the question encoder, and every head at the last token."""
-    text = model.config.text_config
-    shape = (text.num_hidden_layers, 1, text.num_attention_heads)
-    states = [("hidden", range(TOKENS)), ("self_attn", range(TOKENS)), ("cross_attn", range(TOKENS))]
+    states = [(kind, range(TOKENS)) for kind in ("hidden", "self_attn", "cross_attn")]
     heads = [(kind, range(TOKENS - 1, TOKENS)) for kind in HEAD_KINDS]
-    return [
-        cell for kind, tokens in states + heads for cell in grid_cells("text_encoder", kind, tokens, *shape)
-    ]
+    return [cell for kind, tokens in states + heads for cell in grid(model, "text_encoder", kind, tokens)]
+
+
+def grid(
+    model: BlipForQuestionAnswering, stack: str, kind: str, tokens: Iterable[int], window: int = 1
+) -> list[Cell]:
+    """The cells of a map of these tokens."""
+    text = model.config.text_config
+    shape = Shape(TOKENS, text.num_hidden_layers, text.num_attention_heads, source=0, causal=False)
+    return grid_cells(stack, kind, [(token,) for token in tokens], shape, window)
 
 
 class Subject:
@@ -61,31 +66,34 @@ class Subject:
         self.program = lower(model)
         self.pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
         self.ids = torch.randint(5, text.vocab_size, (TOKENS,), generator=generator)
-        layers, heads = text.num_hidden_layers, text.num_attention_heads
         self.cells: tuple[Cell, ...] = tuple(cells) or (
-            *grid_cells("text_encoder", "hidden", range(TOKENS), layers, 1, heads),
-            *grid_cells("text_decoder", "hidden", range(1), layers, 1, heads),
+            *grid(model, "text_encoder", "hidden", range(TOKENS)),
+            *grid(model, "text_decoder", "hidden", range(1)),
         )
-        self.task = self._task(hooks.encode_images(model, self.pixels)[0])
+        self.task = self._task(self.encoded_by_model()[0])
 
     def trace(self, ops: OpSet) -> None:
         """The whole map by the engine, with the image encoded anew."""
-        clean = engine.encode_images(self.program, ops, self.pixels)[0]
+        clean = engine.encode_image(self.program, ops, embed_patches(self.program.image, self.pixels))[0]
         engine.score(self.program, ops, [self._task(clean)], engine.DEFAULT_MEMORY)
+
+    @torch.inference_mode()
+    def encoded_by_model(self) -> Tensor:
+        """Image states [1, N, D] by the Hugging Face model."""
+        states: Tensor = self.model.vision_model(pixel_values=self.pixels).last_hidden_state
+        return states
 
     def operations(self) -> int:
         """What must be done for the map, by formula."""
         image = engine.image_plan(self.program, 1, len(self.task.clean))
-        shapes = (engine.stack_shape(self.program.question), engine.stack_shape(self.program.answer))
-        text = plan(*shapes, (self.task.job,), states=len(self.task.clean))
+        text = engine.plan_pass(self.program, [self.task])
         return cost.image_operations(self.program.image, image) + cost.operations(self.program, text)
 
     def clean_states(self, cells: tuple[Cell, ...]) -> dict[Cell, Tensor]:
         """The clean state [C] of each of these one-site cells."""
-        start = torch.tensor([self.model.decoder_start_token_id])
         sites = {site for cell in cells for site in cell.sites}
         with hooks.recording(self.model, sites) as states:
-            hooks.answer_logits(self.model, self.task.question_ids, start, self.task.clean[None])
+            hooks.answer_logits(self.model, self.task, self.task.clean[None])
         return {cell: states[site][0] for cell in cells for site in cell.sites}
 
     def _task(self, clean: Tensor) -> engine.Task:

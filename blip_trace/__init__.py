@@ -14,18 +14,20 @@ if TYPE_CHECKING:
         ImageSwap,
         PatchNoise,
         PixelNoise,
+        Together,
         TokenNoise,
         TokenSwap,
     )
     from .lowering.load import shipped_model
     from .ops import BackendUnavailableError
     from .result import Restored, TraceResult
-    from .sites import Cell, Site
+    from .sites import Cell, Cut, Site
     from .tracer import Tracer
 
 __all__ = [
     "BackendUnavailableError",
     "Cell",
+    "Cut",
     "GaussianNoise",
     "ImageAblation",
     "ImageRegion",
@@ -34,6 +36,7 @@ __all__ = [
     "PixelNoise",
     "Restored",
     "Site",
+    "Together",
     "TokenNoise",
     "TokenSwap",
     "TraceResult",
@@ -51,6 +54,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 _HOMES = {
     "BackendUnavailableError": "ops",
     "Cell": "sites",
+    "Cut": "sites",
     "GaussianNoise": "corruption",
     "ImageAblation": "corruption",
     "ImageRegion": "corruption",
@@ -58,6 +62,7 @@ _HOMES = {
     "PatchNoise": "corruption",
     "PixelNoise": "corruption",
     "TokenNoise": "corruption",
+    "Together": "corruption",
     "TokenSwap": "corruption",
     "Restored": "result",
     "Site": "sites",

@@ -181,7 +181,17 @@ def run(
         started = time.perf_counter()
         with _progress(errors) as progress:
             chosen = {"text_encoder": tokens} if tokens else None
-            result = tracer.trace(image, question, answer, noise, *maps, window, progress, chosen, direction)
+            result = tracer.trace(
+                image,
+                question,
+                answer,
+                noise,
+                *maps,
+                window,
+                progress=progress,
+                tokens=chosen,
+                direction=direction,
+            )
         seconds = time.perf_counter() - started
 
         with errors.status("writing"):

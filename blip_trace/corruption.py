@@ -23,20 +23,23 @@ Edit = Callable[[Tensor, slice], Tensor]
 class Original:
     """What a corruption starts from, and what it may ask for.
 
-    pixels [1, 3, H, W]; states [N, D], the clean image embeddings; ids [T] and words [T, C], the question's
-    tokens and their embeddings (before positions and norm), of a table whose standard deviation is
-    `words_std()`; labels [T]. `encode(pixels [S, 3, H, W], edit)` gives image embeddings [S, N, D], with
-    `edit` applied to the embedded patches [S, N, D] first. `image` and `question` turn what a user hands in
-    into pixels and ids, `embed` ids into words, `find` a phrase into its tokens.
+    pixels [1, 3, H, W]; states() [N, D], the clean image embeddings, of shape `image_shape`; ids [T] and
+    words [T, C], the question's tokens and their embeddings (before positions and norm), of a table whose
+    standard deviation is `words_std()`; labels [T]. `enter(pixels [S, 3, H, W], edit)` gives what stands for
+    these images in the model, with `edit` applied to the embedded patches [S, N, D] first: image embeddings
+    [S, N, D] or, where the image encoder itself is traced, those patches; `states` raises ValueError then.
+    `image` and `question` turn what a user hands in into pixels and ids, `embed` ids into words, `find` a
+    phrase into its tokens.
     """
 
     pixels: Tensor
-    states: Tensor
+    states: Callable[[], Tensor]
+    image_shape: tuple[int, int]
     ids: Tensor
     words: Tensor
     words_std: Callable[[], float]
     labels: tuple[str, ...]
-    encode: Callable[[Tensor, Edit | None], Tensor]
+    enter: Callable[[Tensor, Edit | None], Tensor]
     image: Callable[[Any], Tensor]
     question: Callable[[Any], Tensor]
     embed: Callable[[Tensor], Tensor]
@@ -45,8 +48,9 @@ class Original:
 
 @dataclass(frozen=True)
 class Corrupted:
-    """Corrupted inputs of S samples: images [S, N, D] or words [S, T, C]; None: that is left clean. `note`
-    tells what was changed, where that is not plain from the corruption."""
+    """Corrupted inputs of S samples: images [S, N, D], as `Original.enter` or `Original.states` gave them,
+    and words [S, T, C]; None: that is left clean. `note` tells what was changed, where that is not plain from
+    the corruption."""
 
     images: Tensor | None = None
     words: Tensor | None = None
@@ -119,7 +123,7 @@ class PixelNoise(_Noise):
 
     def corrupt(self, original: Original) -> Corrupted:
         """Every sample is encoded."""
-        return Corrupted(images=original.encode(self.apply(original.pixels[0]), None))
+        return Corrupted(images=original.enter(self.apply(original.pixels[0]), None))
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ class PatchNoise(_Noise):
             return noisy[0][samples].to(embedded.dtype)
 
         pixels = original.pixels.expand(self.samples, -1, -1, -1)
-        return Corrupted(images=original.encode(pixels, edit))
+        return Corrupted(images=original.enter(pixels, edit))
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class ImageSwap:
 
     def corrupt(self, original: Original) -> Corrupted:
         """Takes whatever `Tracer.trace` takes for an image."""
-        return Corrupted(images=original.encode(original.image(self.image), None))
+        return Corrupted(images=original.enter(original.image(self.image), None))
 
 
 @dataclass(frozen=True)
@@ -240,10 +244,12 @@ class ImageAblation:
     def corrupt(self, original: Original) -> Corrupted:
         """References are whatever `Tracer.trace` takes for an image."""
         if self.mode == "zero":
-            return Corrupted(images=torch.zeros_like(original.states)[None])
+            return Corrupted(images=torch.zeros_like(original.states())[None])
         pixels = torch.cat([original.image(image) for image in self.references])
-        states = original.encode(pixels, None)
-        return Corrupted(images=states if self.mode == "resample" else states.mean(0, keepdim=True))
+        if self.mode == "resample":
+            return Corrupted(images=original.enter(pixels, None))
+        original.states()  # a mean over patches is not this ablation
+        return Corrupted(images=original.enter(pixels, None).mean(0, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ class ImageRegion:
         pixels = original.pixels
         hidden = self._hidden(pixels.shape[2], pixels.shape[3]).to(pixels.device)
         instead = torch.zeros_like(pixels) if self.blur is None else _blurred(pixels, self.blur)
-        return Corrupted(images=original.encode(torch.where(hidden, instead, pixels), None))
+        return Corrupted(images=original.enter(torch.where(hidden, instead, pixels), None))
 
     def _hidden(self, height: int, width: int) -> Tensor:
         if self.box is not None:
@@ -294,6 +300,30 @@ class ImageRegion:
         return mask
 
 
+@dataclass(frozen=True)
+class Together:
+    """Several corruptions at once, such as one of the image and one of the question; sample s of each."""
+
+    corruptions: tuple[Corruption, ...]
+
+    def __init__(self, *corruptions: Corruption) -> None:
+        if len(corruptions) < 2:
+            raise ValueError("put at least two corruptions together")
+        object.__setattr__(self, "corruptions", corruptions)
+
+    def corrupt(self, original: Original) -> Corrupted:
+        """Raises ValueError where two of them change the same input, or draw different numbers of samples."""
+        all_made = [corrupt(corruption, original) for corruption in self.corruptions]
+        images, words = (
+            [x for x in part if x is not None]
+            for part in zip(*((m.images, m.words) for m in all_made), strict=True)
+        )
+        if len(images) > 1 or len(words) > 1:
+            raise ValueError("two corruptions of the same input cannot be put together")
+        note = "; ".join(made.note for made in all_made if made.note)
+        return Corrupted(images[0] if images else None, words[0] if words else None, note)
+
+
 def _blurred(pixels: Tensor, std: float) -> Tensor:
     """Gaussian blur of [1, 3, H, W]; the border is repeated outwards."""
     reach = math.ceil(3 * std)
@@ -310,26 +340,31 @@ def corrupt(corruption: Corruption, original: Original) -> Corrupted:
 
     Raises TypeError or ValueError where it returns something else, another shape, or NaN or infinity.
     """
-    if isinstance(corruption, InputCorruption):
-        made = corruption.corrupt(original)
-        if not isinstance(made, Corrupted) or (made.images is None) == (made.words is None):
-            raise TypeError("a corruption must return a Corrupted with images or words, one of the two")
-    else:
-        made = Corrupted(images=corruption(original.states))
-    if made.words is not None:
-        return Corrupted(words=_checked(made.words, original.words), note=made.note)
-    return Corrupted(images=_checked(made.images, original.states), note=made.note)
+    if not isinstance(corruption, InputCorruption):
+        states = original.states()
+        return Corrupted(images=_checked(corruption(states), original.image_shape, original.words.dtype))
+    made = corruption.corrupt(original)
+    if not isinstance(made, Corrupted) or (made.images is None and made.words is None):
+        raise TypeError("a corruption must return a Corrupted with images, words or both")
+    images, words = made.images, made.words
+    if images is not None:
+        images = _checked(images, original.image_shape, original.words.dtype)
+    if words is not None:
+        words = _checked(words, original.words.shape, original.words.dtype)
+    if images is not None and words is not None and len(images) != len(words):
+        raise ValueError(f"a corruption made {len(images)} samples of the image but {len(words)} of the text")
+    return Corrupted(images, words, made.note)
 
 
-def _checked(corrupted: object, clean: Tensor) -> Tensor:
-    shape = f"[samples, {clean.shape[0]}, {clean.shape[1]}]"
+def _checked(corrupted: object, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    expected = f"[samples, {', '.join(map(str, shape))}]"
     if not isinstance(corrupted, Tensor):
-        raise TypeError(f"a corruption must return a tensor {shape}, not {type(corrupted).__name__}")
-    if corrupted.dim() != 3 or corrupted.shape[1:] != clean.shape or corrupted.shape[0] == 0:
-        raise ValueError(f"a corruption must return {shape}, not {list(corrupted.shape)}")
+        raise TypeError(f"a corruption must return a tensor {expected}, not {type(corrupted).__name__}")
+    if corrupted.dim() != 3 or corrupted.shape[1:] != torch.Size(shape) or corrupted.shape[0] == 0:
+        raise ValueError(f"a corruption must return {expected}, not {list(corrupted.shape)}")
     if not bool(torch.isfinite(corrupted).all()):
         raise ValueError("the corruption made NaN or infinite embeddings")
-    return corrupted.to(clean.dtype)
+    return corrupted.to(dtype)
 
 
 def _check_samples(samples: object) -> None:

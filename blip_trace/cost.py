@@ -18,12 +18,15 @@ def step_operations(sublayer: Sublayer, step: Step) -> int:
     """Operations of one sublayer on its batch."""
     rows = step.rows
     mixed = 0 if step.head_rows is None else len(step.head_rows)
+    if step.knockout is not None:
+        mixed += len(step.knockout.query_rows)
     match sublayer:
         case SelfAttention(qkv=qkv, out=out):
             lengths = step.starts.diff().long()
-            if rows == len(lengths):  # one token: its own value is the context
+            seen = lengths if step.prefixes is None else lengths + step.prefixes[:, 1]
+            if rows == int(seen.sum()) == len(lengths):  # one token: its own value is the context
                 return 2 * rows * qkv.weight.numel() // 3 + 2 * (rows + mixed) * out.weight.numel()
-            core = 4 * int((lengths * lengths).sum()) * out.weight.shape[1]
+            core = 4 * int((lengths * seen).sum()) * out.weight.shape[1]
             return 2 * rows * qkv.weight.numel() + 2 * (rows + mixed) * out.weight.numel() + core
         case CrossAttention(query=query, key=key, out=out, heads=heads):
             assert step.query_starts is not None
@@ -46,20 +49,20 @@ def stack_operations(stack: Stack, plan: StackPlan) -> Iterator[int]:
 
 
 def operations(program: Program, plan: Plan) -> int:
-    """Operations of a pass over the text stacks and the head."""
-    question = sum(stack_operations(program.question, plan.question))
-    answer = sum(stack_operations(program.answer, plan.answer))
-    return question + answer + head_operations(program.head, plan.answer.rows)
+    """Operations of a pass over the stacks that are planned, and the head."""
+    done = sum(sum(stack_operations(program.stacks[own.name], own)) for own in plan.stacks)
+    return done + head_operations(program.head, plan.rows)
 
 
 def head_operations(head: Head, rows: int) -> int:
     """Operations of the vocabulary head on `rows` rows."""
-    return 2 * rows * (head.dense.weight.numel() + head.decoder.weight.numel())
+    dense = 0 if head.dense is None else head.dense.weight.numel()
+    return 2 * rows * (dense + head.decoder.weight.numel())
 
 
 def image_operations(stack: Stack, plan: StackPlan) -> int:
     """Operations of the image encoder, patch embedding included."""
-    patches = plan.rows - len(plan.starts) + 1
+    patches = plan.rows - len(plan.layout.tokens)
     projection: Tensor = stack.embedding.projection.weight  # type: ignore[union-attr]
     return 2 * patches * projection.numel() + sum(stack_operations(stack, plan))
 

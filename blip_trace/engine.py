@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import cost
+from .contexts import Knockout
+from .embedding import embed_text, layer_norm
+from .head import Asked, read_answers
+from .metrics import Readings
 from .ops import OpSet
 from .program import (
     CrossAttention,
     Mlp,
-    Norm,
-    PatchEmbedding,
     Program,
     SelfAttention,
     Stack,
     Sublayer,
-    TokenEmbedding,
 )
 from .schedule import Job, Plan, StackPlan, StackShape, Step, plan, straight_plan
 from .sites import Cell
@@ -31,53 +31,71 @@ DEFAULT_MEMORY = 128 * 2**20
 Progress = Callable[[int, int], None]
 """Called with operations done and operations in all."""
 
+KNOCKOUT_BYTES = 2**25
+"""Of states that are gathered at once for attention with edges cut."""
+
 Tick = Callable[[int], None]
 """Called with the operations that were just done."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One question to trace.
+    """One text about one image, to trace.
 
-    question_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
-    corrupted [S, N, D] image states, the cells to restore, in which direction (see `schedule.Job`), and
-    corrupted embeddings of the question's tokens, words [S, T, C]. Of `corrupted` and `words` one may be
-    None: clean.
+    text_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
+    corrupted [S, N, D] states of the image, the cells to change, in which direction (see `schedule.Job`), and
+    corrupted embeddings of the text's tokens, words [S, T, C]. Where `corrupted` or `words` is None, that is
+    clean; where both are, there is one sample, the clean run itself.
+
+    `patches`: the image is given by its embedded patches, and the image stack is part of the trace.
+    `foil_ids`, `vocabulary`: see `head.Asked`.
     """
 
-    question_ids: Tensor
+    text_ids: Tensor
     answer_ids: Tensor | None
     clean: Tensor
     corrupted: Tensor | None
     cells: tuple[Cell, ...]
     direction: str = "denoise"
     words: Tensor | None = None
+    patches: bool = False
+    foil_ids: Tensor | None = None
+    vocabulary: bool = False
 
     @property
     def samples(self) -> int:
         """Corrupted inputs."""
         given = self.words if self.corrupted is None else self.corrupted
-        assert given is not None
-        return len(given)
+        return 1 if given is None else len(given)
 
     @property
     def images(self) -> tuple[Tensor, ...]:
-        """Sets of image states, the clean one and then the corrupted ones: each [sets, N, D]."""
+        """Sets of rows that stand for the image, the clean one and then the corrupted ones: each [sets, N,
+        D]."""
         clean = self.clean[None]
         return (clean,) if self.corrupted is None else (clean, self.corrupted)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that are read."""
+        return 1 if self.answer_ids is None else len(self.answer_ids)
 
     def part(self, first: int, last: int) -> Task:
         """The task of these samples alone."""
         corrupted, words = (None if x is None else x[first:last] for x in (self.corrupted, self.words))
         return replace(self, corrupted=corrupted, words=words)
 
-    @property
-    def job(self) -> Job:
-        """The task's shape."""
-        answer = 1 if self.answer_ids is None else len(self.answer_ids)
+    def job(self, program: Program) -> Job:
+        """The task's shape in the stacks of a program."""
+        text, answer = len(self.text_ids), self.answer_tokens
+        tokens, first = {
+            "answer": ((text, answer), 0),
+            "continue": ((text + answer - 1,), text - 1),
+            "match": ((text,), 0),
+        }[program.task]
         return Job(
-            len(self.question_ids),
-            answer,
+            tokens,
+            range(first, first + answer),
             self.samples,
             self.cells,
             self.direction,
@@ -88,38 +106,32 @@ class Task:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities of the answer's tokens: clean [A], corrupted [S, A], restored [S, cells, A]."""
+    """What was read of a task's runs: clean [A], corrupted [S, A], patched [S, cells, A]."""
 
     answer_ids: Tensor
-    clean: Tensor
-    corrupted: Tensor
-    restored: Tensor
+    clean: Readings
+    corrupted: Readings
+    patched: Readings
 
 
 @torch.inference_mode()
-def encode_images(
-    program: Program, ops: OpSet, pixels: Tensor, edit: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Image states [B, N, D] of pixel values [B, 3, H, W]; `edit` changes the embedded patches [B, N, D]."""
-    stack = program.image
-    embedded = _embed_patches(stack, pixels)  # [B, N, D]
-    if edit is not None:
-        embedded = edit(embedded).contiguous()
+def encode_image(program: Program, ops: OpSet, embedded: Tensor) -> Tensor:
+    """The image stack's final states [B, N, C] of embedded patches [B, N, C]."""
     images, tokens, width = embedded.shape
     plan = image_plan(program, images, tokens)
-    states = _run_stack(stack, plan, ops, embedded.view(-1, width), None)
+    states = _run_stack(program.image, plan, ops, embedded.reshape(-1, width), None)
     return states.view(images, tokens, width)
 
 
 def image_plan(program: Program, images: int, tokens: int) -> StackPlan:
-    """The plan by which `encode_images` runs the image stack."""
+    """The plan by which `encode_image` runs the image stack."""
     return straight_plan(stack_shape(program.image), images, tokens)
 
 
 def stack_shape(stack: Stack) -> StackShape:
     """What planning needs to know of a stack."""
     steps = tuple((layer, sublayer.name) for layer, sublayer in stack.steps())
-    return StackShape(stack.name, steps, stack.heads)
+    return StackShape(stack.name, steps, stack.heads, stack.causal)
 
 
 @torch.inference_mode()
@@ -132,7 +144,7 @@ def score(
     every part takes its clean and corrupted runs along, so the numbers stay the same but for rounding.
     """
     passes = list(_passes(program, tasks, memory))
-    plans = [_plan(program, [part for _, part in parts]) for parts in passes]
+    plans = [plan_pass(program, [part for _, part in parts]) for parts in passes]
     tick = None
     if progress is not None:
         tick = _counter(progress, sum(cost.operations(program, p) for p in plans))
@@ -147,42 +159,25 @@ def score(
 
 
 def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:
-    """One pass over the text stacks and the head."""
-    images = torch.cat([states for task in tasks for states in task.images]).flatten(0, 1)
-    embedded = torch.cat([_embed_question(program.question, task) for task in tasks])
-    states = _run_stack(program.question, plan.question, ops, embedded, images, tick)
-
-    given = [_decoder_input(program, task) for task in tasks]
-    positions = torch.cat([torch.arange(len(ids)) for ids in given])
-    words = _words(program.answer)[torch.cat(given)]
-    embedded = _embed_words(program.answer, words, positions)
-    hidden = _run_stack(program.answer, plan.answer, ops, embedded, states, tick)
-
-    head = program.head
-    hidden = ops.linear_gelu(hidden, head.dense.weight, head.dense.bias)
-    hidden = _layer_norm(hidden, head.norm)  # [rows, C]
-    first_row = torch.from_numpy(plan.first_answer_row)
-    tokens = torch.zeros(plan.answer.rows, dtype=torch.int64)
-    rows, answers = [], []
-    for number, task in enumerate(tasks):
-        first = plan.first_run[number]
-        runs = 1 + task.samples * (1 + len(task.cells))
-        answer = task.answer_ids
-        if answer is None:
-            clean = hidden[first_row[first]][None]
-            answer = (
-                (F.linear(clean, head.decoder.weight).float() + head.decoder.bias.float()).argmax(1).cpu()
+    """One pass over the planned stacks and the head."""
+    states = torch.cat([rows for task in tasks for rows in task.images]).flatten(0, 1)
+    for shape in plan.stacks:
+        stack = program.stacks[shape.name]
+        if stack is program.image:
+            states = _run_stack(stack, shape, ops, states, None, tick)
+        else:
+            embedded = torch.cat(
+                [embed_text(program, stack, task.text_ids, task.answer_ids, task.words) for task in tasks]
             )
-        rows.append(first_row[first : first + runs, None] + torch.arange(len(answer)))  # [runs, A]
-        tokens[rows[-1]] = answer
-        answers.append(answer)
-    logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens[:, None])
-    log_probs = logits[:, 0] - log_sum_exp
-    if tick is not None:
-        tick(cost.head_operations(head, plan.answer.rows))
-    return [
-        _scores(task, answer, log_probs[own]) for task, answer, own in zip(tasks, answers, rows, strict=True)
+            states = _run_stack(stack, shape, ops, embedded, states, tick)
+    asked = [
+        Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.vocabulary)
+        for rows, task in zip(plan.answer_rows, tasks, strict=True)
     ]
+    read = read_answers(program.head, ops, states, asked)
+    if tick is not None:
+        tick(cost.head_operations(program.head, plan.rows))
+    return [_scores(task, *own) for task, own in zip(tasks, read, strict=True)]
 
 
 def _run_stack(
@@ -200,10 +195,12 @@ def _run_stack(
     normed = stream
     if stack.norm_first:
         assert stack.final_norm is not None
-        normed = _layer_norm(stream, norms[0])
+        normed = layer_norm(stream, norms[0])
         norms = [*norms[1:], stack.final_norm]  # each sublayer ends with the next one's norm
     for sublayer, norm, step in zip(sublayers, norms, plan.steps, strict=True):
         inner = _inner(ops, sublayer, step, normed, states)
+        if step.knockout is not None:
+            inner = torch.cat((inner, _knocked_out(ops, sublayer, step.knockout, normed, states)))
         if step.head_rows is not None:
             inner = torch.cat((inner, _mix_heads(inner, step.head_rows)))
         out = sublayer.down if isinstance(sublayer, Mlp) else sublayer.out
@@ -229,10 +226,12 @@ def _inner(ops: OpSet, sublayer: Sublayer, step: Step, x: Tensor, states: Tensor
     """What a sublayer computes before its last projection: [rows, C], or [rows, 4 C] for an MLP."""
     match sublayer:
         case SelfAttention(qkv=qkv, heads=heads, causal=causal):
-            if step.rows == len(step.starts) - 1:
+            if step.rows == len(step.starts) - 1 and step.prefixes is None:
                 # a run of one token attends to itself alone: the softmax over one key is 1
                 return ops.linear(x, qkv.weight[-x.shape[1] :], None)
-            return ops.self_attention(ops.linear(x, qkv.weight, qkv.bias), step.starts, heads, causal)
+            return ops.self_attention(
+                ops.linear(x, qkv.weight, qkv.bias), step.starts, step.prefixes, heads, causal
+            )
         case CrossAttention(query=query, key=key, value=value, heads=heads):
             assert states is not None
             assert step.query_starts is not None
@@ -251,52 +250,46 @@ def _mix_heads(context: Tensor, rows: Tensor) -> Tensor:
     return mixed.flatten(1)
 
 
-def _words(stack: Stack) -> Tensor:
-    """The table of word embeddings [V, C]."""
-    assert isinstance(stack.embedding, TokenEmbedding)
-    return stack.embedding.words
+def _knocked_out(
+    ops: OpSet, sublayer: Sublayer, knockout: Knockout, x: Tensor, states: Tensor | None
+) -> Tensor:
+    """Context [P, C] of the rows that lost edges: each set of rows that are still seen is a set of states of
+    its own, in self-attention too."""
+    match sublayer:
+        case SelfAttention(qkv=qkv, heads=heads):
+            query, key, value = qkv.weight.chunk(3)
+            bias = qkv.bias[: len(query)]
+            states = x
+        case CrossAttention(query=projection, key=key, value=value, heads=heads):
+            query, bias = projection.weight, projection.bias
+        case _:
+            raise ValueError("only attention has edges that can be cut")
+    assert states is not None
+    q = ops.linear(x[knockout.query_rows], query, bias)
+    starts, ends = knockout.query_starts, knockout.state_starts
+    parts = []
+    for first, last in _blocks(ends.tolist(), KNOCKOUT_BYTES // (states.shape[1] * states.element_size())):
+        seen = states[knockout.state_rows[ends[first] : ends[last]]]
+        own = slice(int(starts[first]), int(starts[last]))
+        queries, sets = (marks[first : last + 1] - marks[first] for marks in (starts, ends))
+        parts.append(ops.cross_attention(q[own], seen, key, value, queries, sets, heads))
+    return torch.cat(parts)
 
 
-def _embed_words(stack: Stack, words: Tensor, positions: Tensor) -> Tensor:
-    """Embedded tokens [..., C] of word embeddings [..., C] at these positions."""
-    assert isinstance(stack.embedding, TokenEmbedding)
-    return _layer_norm(words + stack.embedding.positions[positions], stack.embedding.norm)
+def _blocks(marks: Sequence[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Consecutive groups (first, behind the last) of at most so many rows together, and of one at least."""
+    first = 0
+    for group in range(1, len(marks)):
+        if group == len(marks) - 1 or marks[group + 1] - marks[first] > rows:
+            yield first, group
+            first = group
 
 
-def _embed_question(stack: Stack, task: Task) -> Tensor:
-    """The clean question, and the corrupted ones if there are any, one behind the other: [rows, C]."""
-    words = _words(stack)[task.question_ids][None]
-    if task.words is not None:
-        words = torch.cat((words, task.words))
-    return _embed_words(stack, words, torch.arange(len(task.question_ids))).flatten(0, 1)
-
-
-def _embed_patches(stack: Stack, pixels: Tensor) -> Tensor:
-    """Class token and patches [B, 1 + patches, C] of pixels [B, 3, H, W], positions added."""
-    embedding = stack.embedding
-    assert isinstance(embedding, PatchEmbedding)
-    size = embedding.patch_size
-    patches = F.unfold(pixels, size, stride=size).transpose(1, 2)  # [B, patches, 3 p p]
-    patches = F.linear(
-        patches.to(embedding.positions.dtype), embedding.projection.weight, embedding.projection.bias
-    )
-    class_token = embedding.class_token.expand(len(pixels), 1, -1)
-    return torch.cat((class_token, patches), dim=1) + embedding.positions
-
-
-def _layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-
-
-def _decoder_input(program: Program, task: Task) -> Tensor:
-    """The answer's tokens shifted by the start token: [A]."""
-    start = torch.tensor([program.start_token])
-    return start if task.answer_ids is None else torch.cat((start, task.answer_ids[:-1]))
-
-
-def _plan(program: Program, tasks: Sequence[Task]) -> Plan:
-    jobs = tuple(task.job for task in tasks)
-    return plan(stack_shape(program.question), stack_shape(program.answer), jobs, states=len(tasks[0].clean))
+def plan_pass(program: Program, tasks: Sequence[Task]) -> Plan:
+    """The plan by which tasks go through the model together."""
+    jobs = tuple(task.job(program) for task in tasks)
+    image = stack_shape(program.image) if tasks[0].patches else None
+    return plan(image, tuple(map(stack_shape, program.texts)), jobs, states=len(tasks[0].clean))
 
 
 def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[list[tuple[int, Task]]]:
@@ -304,19 +297,24 @@ def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[li
     parts: list[tuple[int, Task]] = []
     taken = 0
     for number, task in enumerate(tasks):
-        job = task.job
-        run_bytes = max(
-            job.question * cost.row_bytes(program.question),
-            job.answer * cost.row_bytes(program.answer),
-        )
+        run_bytes = _run_bytes(program, task)
         for part in _split(task, max(2, memory // run_bytes)):
             needed = run_bytes * (1 + part.samples * (1 + len(part.cells)))
-            if parts and taken + needed > memory:
+            if parts and (taken + needed > memory or parts[0][1].patches != part.patches):
                 yield parts
                 parts, taken = [], 0
             parts.append((number, part))
             taken += needed
     yield parts
+
+
+def _run_bytes(program: Program, task: Task) -> int:
+    """Bytes of activations that each run of a task takes."""
+    tokens = task.job(program).tokens
+    largest = max(n * cost.row_bytes(stack) for n, stack in zip(tokens, program.texts, strict=True))
+    if task.patches:
+        largest = max(largest, len(task.clean) * cost.row_bytes(program.image))
+    return largest
 
 
 def _split(task: Task, runs: int) -> Iterator[Task]:
@@ -333,14 +331,14 @@ def _split(task: Task, runs: int) -> Iterator[Task]:
             yield replace(one, cells=task.cells[first : first + runs - 1])
 
 
-def _scores(task: Task, answer: Tensor, log_probs: Tensor) -> Scores:
-    """Sort the log-probabilities [runs, A] of a task's runs."""
-    samples = task.samples
+def _scores(task: Task, answer: Tensor, readings: Readings) -> Scores:
+    """Sort the readings [runs, A] of a task's runs."""
+    samples, cells = task.samples, len(task.cells)
     return Scores(
         answer_ids=answer,
-        clean=log_probs[0],
-        corrupted=log_probs[1 : 1 + samples],
-        restored=log_probs[1 + samples :].unflatten(0, (samples, len(task.cells))),
+        clean={name: read[0] for name, read in readings.items()},
+        corrupted={name: read[1 : 1 + samples] for name, read in readings.items()},
+        patched={name: read[1 + samples :].unflatten(0, (samples, cells)) for name, read in readings.items()},
     )
 
 
@@ -348,15 +346,24 @@ def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
     """Put together what `_split` took apart."""
     if len(parts) == 1:
         return parts[0]
-    restored = torch.cat([part.restored.flatten(0, 1) for part in parts])
     samples, cells = task.samples, len(task.cells)
-    # parts of one sample repeat its corrupted run
-    corrupted = torch.cat([part.corrupted for part in parts])[:: max(1, -(-len(parts) // samples))]
+
+    def patched(name: str) -> Tensor:
+        rows: Tensor = torch.cat([part.patched[name].flatten(0, 1) for part in parts])
+        return rows.view(samples, cells, -1)
+
+    def corrupted(name: str) -> Tensor:
+        # parts of one sample repeat its corrupted run
+        rows = torch.cat([part.corrupted[name] for part in parts])
+        each: Tensor = rows[:: max(1, -(-len(parts) // samples))]
+        return each
+
+    first = parts[0]
     return Scores(
-        answer_ids=parts[0].answer_ids,
-        clean=parts[0].clean,
-        corrupted=corrupted,
-        restored=restored.unflatten(0, (samples, cells)),
+        answer_ids=first.answer_ids,
+        clean=first.clean,
+        corrupted={name: corrupted(name) for name in first.clean},
+        patched={name: patched(name) for name in first.clean},
     )
 
 

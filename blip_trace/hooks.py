@@ -6,17 +6,22 @@ It defines what is right, and it is the baseline that the engine is measured aga
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipForQuestionAnswering
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
 from .engine import Progress, Scores, Task
-from .sites import Cell, Site
+from .metrics import Readings, check_foil
+from .sites import Cut, Site
 
 Edit = Callable[[Tensor], Tensor]
 """Takes the output [S, T, C] of a module and returns what is to stand in its place."""
@@ -33,96 +38,167 @@ _MODULES = {
 }
 
 
-def site_module(model: BlipForQuestionAnswering, stack: str, layer: int, kind: str) -> nn.Module:
+def site_module(model: Any, stack: str, layer: int, kind: str) -> nn.Module:
     """The module of the Hugging Face model whose output is the state of this kind (a head's: a part of its
     channels)."""
-    text = {"text_encoder": model.text_encoder, "text_decoder": model.text_decoder.bert}[stack]
-    module: nn.Module = text.encoder.layer[layer].get_submodule(_MODULES[kind])
+    if stack == "vision":
+        block = model.vision_model.encoder.layers[layer]
+        name = "" if kind == "hidden" else kind
+    else:
+        block, name = _layers(model, stack)[layer], _MODULES[kind]
+    module: nn.Module = block.get_submodule(name)
     return module
 
 
-@torch.inference_mode()
-def encode_images(model: BlipForQuestionAnswering, pixels: Tensor, edit: Edit | None = None) -> Tensor:
-    """Image states [B, N, D] of pixel values [B, 3, H, W]; `edit` changes the embedded patches [B, N, D]."""
-    with editing({} if edit is None else {model.vision_model.embeddings: edit}):
+def _layers(model: Any, stack: str) -> Any:
+    text = model.text_encoder if stack == "text_encoder" else model.text_decoder.bert
+    return text.encoder.layer
+
+
+def embed_image(model: Any, pixels: Tensor) -> Tensor:
+    """Embedded patches [B, N, C] of pixel values [B, 3, H, W], class token first."""
+    embedded: Tensor = model.vision_model.embeddings(pixels)
+    return embedded
+
+
+def encode_image(model: Any, embedded: Tensor) -> Tensor:
+    """The image encoder's final states [B, N, C] of embedded patches [B, N, C]."""
+    size = model.config.vision_config.image_size
+    pixels = embedded.new_zeros(len(embedded), 3, size, size)  # what is made of them is replaced
+    with editing({model.vision_model.embeddings: lambda _: embedded}):
         states: Tensor = model.vision_model(pixel_values=pixels).last_hidden_state
     return states
 
 
-@torch.inference_mode()
-def answer_logits(
-    model: BlipForQuestionAnswering, question_ids: Tensor, decoder_ids: Tensor, images: Tensor
-) -> Tensor:
-    """Logits [S, A, V] of the answer, for question_ids [T], decoder_ids [A] and image states [S, N, D]."""
+def answer_logits(model: Any, task: Task, images: Tensor) -> Tensor:
+    """Logits [S, A, V] of a task's answer, for image states [S, N, D]: what the parts of the model make of
+    them one behind the other."""
     rows = len(images)
-    question = model.text_encoder(
-        input_ids=question_ids.expand(rows, -1), encoder_hidden_states=images
-    ).last_hidden_state
-    answer = model.text_decoder(
-        input_ids=decoder_ids.expand(rows, -1), encoder_hidden_states=question, use_cache=False
-    )
-    logits: Tensor = answer.logits
+    begun = task.text_ids[:0] if task.answer_ids is None else task.answer_ids[:-1]
+    logits: Tensor
+    match model:
+        case BlipForQuestionAnswering():
+            question = model.text_encoder(
+                input_ids=task.text_ids.expand(rows, -1), encoder_hidden_states=images
+            ).last_hidden_state
+            given = torch.cat((torch.tensor([model.decoder_start_token_id]), begun))
+            logits = model.text_decoder(
+                input_ids=given.expand(rows, -1), encoder_hidden_states=question, use_cache=False
+            ).logits
+        case BlipForConditionalGeneration():
+            given = torch.cat((task.text_ids, begun))
+            logits = model.text_decoder(
+                input_ids=given.expand(rows, -1), encoder_hidden_states=images, use_cache=False
+            ).logits[:, len(task.text_ids) - 1 :]
+        case BlipForImageTextRetrieval():
+            text = model.text_encoder(
+                input_ids=task.text_ids.expand(rows, -1), encoder_hidden_states=images
+            ).last_hidden_state
+            logits = model.itm_head(text[:, :1])
+        case _:
+            raise TypeError(f"no hooks for {type(model).__name__}")
     return logits
 
 
 @torch.inference_mode()
-def score(
-    model: BlipForQuestionAnswering, tasks: Sequence[Task], progress: Progress | None = None
-) -> list[Scores]:
+def score(model: Any, tasks: Sequence[Task], progress: Progress | None = None) -> list[Scores]:
     """What `engine.score` computes, by one forward pass for every cell (its samples are a batch)."""
     total, done = sum(len(task.cells) for task in tasks), 0
     results = []
     for task in tasks:
-        start = torch.tensor([model.decoder_start_token_id])
-        decoder_ids = start if task.answer_ids is None else torch.cat((start, task.answer_ids[:-1]))
-        sites = {site for cell in task.cells for site in cell.sites}
-        with recording(model, sites) as clean_states:
-            logits = answer_logits(model, task.question_ids, decoder_ids, task.clean[None])
-        answer = logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
         clean = replace(task, corrupted=task.clean.expand(task.samples, -1, -1), words=None)
-        with recording(model, sites) as corrupted_states:
-            corrupted = _corrupted_logits(model, task, decoder_ids)
-        states, base = (clean_states, task) if task.direction == "denoise" else (corrupted_states, clean)
-        restored = []
+        taken = {site for cell in task.cells for site in cell.sites}
+        kept = {site for cell in task.cells for site in cell.frozen}
+        with recording(model, taken | kept) as clean_states:
+            clean_logits = run(model, replace(clean, corrupted=task.clean[None]))
+        answer = clean_logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
+        foil = None if task.foil_ids is None else check_foil(answer, task.foil_ids)
+
+        def read(
+            logits: Tensor,
+            task: Task = task,
+            answer: Tensor = answer,
+            foil: Tensor | None = foil,
+            clean_logits: Tensor = clean_logits,
+        ) -> Readings:
+            return readings(logits, answer, foil, clean_logits if task.vocabulary else None)
+
+        with recording(model, taken | kept) as corrupted_states:
+            corrupted = run(model, task)
+        donors, base_states, base = (
+            (clean_states, corrupted_states, task)
+            if task.direction == "denoise"
+            else (corrupted_states, clean_states, clean)
+        )
+        patched = []
         for cell in task.cells:
-            with _restoring(model, cell, states):
-                patched = _corrupted_logits(model, base, decoder_ids)
-            restored.append(_log_probs(patched, answer))
+            states = {site: donors[site] for site in cell.sites}
+            states.update((site, base_states[site]) for site in cell.frozen)
+            with _patching(model, states, cell.cuts):
+                patched.append(read(run(model, base)))
             done += 1
             if progress is not None:
                 progress(done, total)
-        empty = corrupted.new_empty(task.samples, 0, len(answer)).float()
+        low = read(corrupted)
+        empty = corrupted.new_empty(task.samples, 0, len(answer)).double()
         results.append(
             Scores(
                 answer_ids=answer,
-                clean=_log_probs(logits, answer)[0],
-                corrupted=_log_probs(corrupted, answer),
-                restored=torch.stack(restored, dim=1) if restored else empty,
+                clean={name: own[0] for name, own in read(clean_logits).items()},
+                corrupted=low,
+                patched={
+                    name: torch.stack([own[name] for own in patched], dim=1) if patched else empty
+                    for name in low
+                },
             )
         )
     return results
 
 
-def _corrupted_logits(model: BlipForQuestionAnswering, task: Task, decoder_ids: Tensor) -> Tensor:
+def run(model: Any, task: Task) -> Tensor:
     """Logits [S, A, V] of the task's corrupted inputs."""
     images = task.clean.expand(task.samples, -1, -1) if task.corrupted is None else task.corrupted
+    if task.patches:
+        images = encode_image(model, images)
     words = task.words
     edits: dict[nn.Module, Edit] = {}
     if words is not None:
-        # a copy: transformers adds the positions to it in place
-        edits[model.text_encoder.embeddings.word_embeddings] = lambda _: words.clone()
+        stack = model.text_decoder.bert if _one_stack(model) else model.text_encoder
+
+        def corrupted(embedded: Tensor) -> Tensor:
+            # a copy, for transformers adds the positions to it in place
+            return torch.cat((words, embedded.expand(len(words), -1, -1)[:, words.shape[1] :]), dim=1)
+
+        edits[stack.embeddings.word_embeddings] = corrupted
     with editing(edits):
-        return answer_logits(model, task.question_ids, decoder_ids, images)
+        return answer_logits(model, task, images)
 
 
-def _log_probs(logits: Tensor, answer: Tensor) -> Tensor:
-    """Log-probabilities [S, A] of the answer's tokens, in float32 or better."""
-    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
-    return wide.log_softmax(-1).gather(2, answer.expand(len(logits), -1)[..., None])[..., 0]
+def _one_stack(model: Any) -> bool:
+    return isinstance(model, BlipForConditionalGeneration)
+
+
+def readings(logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: Tensor | None) -> Readings:
+    """Readings [S, A] of logits [S, A, V]; divergence and rank where the clean logits [1, A, V] are given."""
+    wide = logits.double()
+
+    def of(tokens: Tensor, values: Tensor) -> Tensor:
+        return values.gather(2, tokens.expand(len(values), -1)[..., None])[..., 0]
+
+    log_probs = wide.log_softmax(-1)
+    own = of(answer, wide)
+    found = {"log_probability": of(answer, log_probs), "logit": own}
+    if foil is not None:
+        found["foil_logit"] = of(foil, wide)
+    if clean_logits is not None:
+        clean = clean_logits.double().log_softmax(-1)
+        found["kl_divergence"] = (clean.exp() * (clean - log_probs)).sum(-1)
+        found["rank"] = 1 + (wide > own[..., None]).sum(-1).double()
+    return found
 
 
 @contextmanager
-def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dict[Site, Tensor]]:
+def recording(model: Any, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
     """Keep the state [S, C] of every site of the forward pass that is run inside; of a head's, that of all
     heads of the attention."""
     states: dict[Site, Tensor] = {}
@@ -140,29 +216,55 @@ def recording(model: BlipForQuestionAnswering, sites: set[Site]) -> Iterator[dic
 
 
 @contextmanager
-def _restoring(model: BlipForQuestionAnswering, cell: Cell, states: Mapping[Site, Tensor]) -> Iterator[None]:
-    """Put these states at a cell's sites in the forward pass that is run inside."""
+def _patching(model: Any, states: Mapping[Site, Tensor], cuts: Iterable[Cut]) -> Iterator[None]:
+    """Put these states at their sites, and take these attention edges away, in the forward pass that is run
+    inside."""
     edits: dict[nn.Module, Edit] = {}
-    heads = model.config.text_config.num_attention_heads
-    for module, own in _by_module(model, cell.sites).items():
+    for module, own in _by_module(model, states).items():
 
-        def restore(output: Tensor, own: Sequence[Site] = own) -> Tensor:
+        def put(output: Tensor, own: Sequence[Site] = own) -> Tensor:
             output = output.clone()
             for site in own:
                 here, there = output[:, site.token], states[site]  # [S, C], [S or 1, C]
                 if site.head is not None:
+                    heads = model.config.text_config.num_attention_heads
                     here, there = (state.unflatten(1, (heads, -1))[:, site.head] for state in (here, there))
                 here.copy_(there)
             return output
 
-        edits[module] = restore
-    with editing(edits):
+        edits[module] = put
+    with editing(edits), _cutting(model, cuts):
         yield
 
 
-def _by_module(
-    model: BlipForQuestionAnswering, sites: set[Site] | frozenset[Site]
-) -> dict[nn.Module, list[Site]]:
+@contextmanager
+def _cutting(model: Any, cuts: Iterable[Cut]) -> Iterator[None]:
+    """Add minus infinity to the attention scores of these edges, through the mask that the module takes."""
+    by_module: dict[nn.Module, list[Cut]] = defaultdict(list)
+    for cut in cuts:
+        name = "attention.self" if cut.sublayer == "self_attn" else "crossattention.self"
+        by_module[_layers(model, cut.stack)[cut.layer].get_submodule(name)].append(cut)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        hidden, states = args[0], given.get("encoder_hidden_states")
+        name = "attention_mask" if states is None else "encoder_attention_mask"
+        keys = (hidden if states is None else states).shape[1]
+        mask = hidden.new_zeros(1, 1, hidden.shape[1], keys)
+        for cut in by_module[module]:
+            queries, seen = (torch.tensor(sorted(t), dtype=torch.int64) for t in (cut.queries, cut.keys))
+            mask[..., queries[:, None], seen] = float("-inf")
+        before = given.get(name)
+        return args, {**given, name: mask if before is None else before + mask}
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in by_module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_module(model: Any, sites: Iterable[Site]) -> dict[nn.Module, list[Site]]:
     modules: dict[nn.Module, list[Site]] = defaultdict(list)
     for site in sites:
         modules[site_module(model, site.stack, site.layer, site.kind)].append(site)

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from .images import open_image
 
+MATCH = {0: "no match", 1: "match"}
+"""What a matching head says."""
+
 
 class Inputs:
     """Turns a user's inputs into what one model takes, or says in one sentence what is wrong with them."""
 
-    def __init__(self, config: Any, processor: Any) -> None:
+    def __init__(self, config: Any, processor: Any, task: str) -> None:
+        self._task = task
         self._text = config.text_config
         self._size: int = config.vision_config.image_size
         self._processor = processor
@@ -71,6 +75,29 @@ class Inputs:
             raise ValueError("the question is empty")
         return self._check(ids.long(), "question")
 
+    def text_ids(self, text: str | Tensor, answer: Tensor | None) -> Tensor:
+        """Token ids [T] of what goes into the first text stack: a question; or, of a captioning model, what
+        the caption begins with, which may be nothing: its start token then stands alone."""
+        if self._task != "continue":
+            return self.question_ids(text)
+        if isinstance(text, str):
+            words = self._tokenizer("a beginning")(text, add_special_tokens=False).input_ids if text else []
+            text = torch.tensor([self._text.bos_token_id, *words])
+        ids = self.question_ids(text)
+        self._check(ids if answer is None else torch.cat((ids, answer[:-1])), "caption")
+        return ids
+
+    def picture(self, pixels: Tensor) -> Tensor:
+        """Pixel values [1, 3, H, W] as a picture again: uint8 [H, W, 3]."""
+        image = pixels[0].permute(1, 2, 0)
+        processor = None if self._processor is None else self._processor.image_processor
+        if processor is not None and processor.do_normalize:
+            image = image * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+        else:
+            low, high = image.min(), image.max()
+            image = (image - low) / (high - low).clamp(min=1e-6)
+        return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
     def find(self, phrase: str, ids: Tensor) -> range:
         """The tokens of a question [T] in which a phrase stands, where it stands first. Raises ValueError
         where it does not occur."""
@@ -83,6 +110,8 @@ class Inputs:
 
     def answer_ids(self, answer: str | int | None) -> Tensor | None:
         """Token ids [A] (int64), or None for the model's own."""
+        if self._task == "match":
+            return self._match(answer)
         if answer is None:
             return None
         if isinstance(answer, str):
@@ -97,6 +126,10 @@ class Inputs:
             raise TypeError(f"an answer must be a string, a token id or None, not {type(answer).__name__}")
         return self._check(torch.tensor(ids), "answer")
 
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """An answer as text."""
+        return MATCH[ids[0]] if self._task == "match" else self.text(ids)
+
     def labels(self, ids: Sequence[int]) -> tuple[str, ...]:
         """A label for each token."""
         if self._processor is None:
@@ -109,6 +142,16 @@ class Inputs:
             return " ".join(str(i) for i in ids)
         text: str = self._processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text or " ".join(self.labels(ids))
+
+    def _match(self, answer: str | int | None) -> Tensor:
+        """Of a model that says whether a text fits: the class [1], "match" unless given."""
+        named = (
+            MATCH[1] if answer is None else MATCH.get(answer, answer) if isinstance(answer, int) else answer
+        )
+        for number, name in MATCH.items():
+            if name == named:
+                return torch.tensor([number])
+        raise ValueError(f"this model answers {' or '.join(MATCH.values())}, not {answer!r}")
 
     def _tokenizer(self, what: str) -> Any:
         if self._processor is None:

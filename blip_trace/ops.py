@@ -44,7 +44,9 @@ class OpSet(Protocol):
         return_sum: bool,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def self_attention(self, qkv: Tensor, starts: Tensor, heads: int, causal: bool) -> Tensor: ...
+    def self_attention(
+        self, qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads: int, causal: bool
+    ) -> Tensor: ...
 
     def cross_attention(
         self,
@@ -142,7 +144,9 @@ def _fake_linear_add_norm(
     return normed, torch.empty_like(normed) if return_sum else x.new_empty(0)
 
 
-def _fake_self_attention(qkv: Tensor, starts: Tensor, heads: int, causal: bool) -> Tensor:
+def _fake_self_attention(
+    qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads: int, causal: bool
+) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
 
 

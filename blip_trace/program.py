@@ -125,6 +125,11 @@ class Stack:
         """Heads of its attention."""
         return next(s.heads for s in self.layers[0].sublayers if isinstance(s, SelfAttention))
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it."""
+        return next(s.causal for s in self.layers[0].sublayers if isinstance(s, SelfAttention))
+
     def steps(self) -> Iterator[tuple[int, Sublayer]]:
         """Every sublayer with the number of its layer, in the order of computation."""
         for number, layer in enumerate(self.layers):
@@ -134,38 +139,37 @@ class Stack:
 
 @dataclass(frozen=True)
 class Head:
-    """From the last stack's states to the vocabulary: GELU(dense), norm, decoder [V, C]."""
+    """From the last stack's states to what is scored: GELU(dense) and norm where there are such, decoder
+    [V, C] of a vocabulary or of classes."""
 
-    dense: Linear
-    norm: Norm
+    dense: Linear | None
+    norm: Norm | None
     decoder: Linear
 
 
 @dataclass(frozen=True)
 class Program:
-    """A model that answers a question about an image.
+    """A model that says something about an image.
 
-    `image` encodes the picture, `question` and `answer` are the text stacks; the answer's last states go
-    through `head`. `start_token` begins the answer.
+    `image` encodes the picture; the text stacks follow in the order of computation, the first attending to
+    the image, each further one to that before it; `head` reads the last one. `task` says which text goes
+    where:
+
+    - "answer": a question into the first text stack, its answer, begun by `start_token`, into the second;
+    - "continue": a text and what follows it into the one text stack, which is causal;
+    - "match": a text into the one text stack; its first token says whether it fits the image.
     """
 
     image: Stack
-    question: Stack
-    answer: Stack
+    texts: tuple[Stack, ...]
     head: Head
+    task: Literal["answer", "continue", "match"]
     start_token: int
-    pad_token: int
-    end_token: int
 
     @property
     def stacks(self) -> dict[str, Stack]:
         """The stacks by name, in the order of computation."""
-        return {stack.name: stack for stack in (self.image, self.question, self.answer)}
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens that the head scores."""
-        return self.head.decoder.weight.shape[0]
+        return {stack.name: stack for stack in (self.image, *self.texts)}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight of the program."""

@@ -67,21 +67,26 @@ def linear_add_norm(
     return normed.to(x.dtype), kept
 
 
-def self_attention(qkv: Tensor, starts: Tensor, heads: int, causal: bool) -> Tensor:
+def self_attention(qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads: int, causal: bool) -> Tensor:
     """Multi-head self-attention inside each run of a packed batch.
 
     qkv [rows, 3 C] holds queries, keys and values side by side; starts [runs + 1] (int32) marks the runs.
-    `causal`: a token sees those before it and itself. Returns the context [rows, C], heads side by side.
+    prefixes [runs, 2] (int32): the first row and the number of rows that stand before a run's own, of another
+    run that begins as it does. `causal`: a token sees those before it and itself.
+
+    Returns the context [rows, C], heads side by side.
     """
     channels = qkv.shape[1] // 3
     size = channels // heads
     out = torch.empty_like(qkv[:, :channels])
-    for rows in _runs_of_equal_length(starts):  # [runs, T]
-        q, k, v = _wide(qkv[rows]).unflatten(-1, (3, heads, size)).permute(2, 0, 3, 1, 4)  # [runs, H, T, d]
+    for rows, before in _runs_of_equal_length(starts, prefixes):  # [runs, T], [runs, P]
+        q = _wide(qkv[rows, :channels]).unflatten(-1, (heads, size)).transpose(1, 2)  # [runs, H, T, d]
+        seen = _wide(qkv[torch.cat((before, rows), 1), channels:])
+        k, v = seen.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)  # [runs, H, P + T, d]
         scores = q @ k.transpose(-1, -2) / math.sqrt(size)
         if causal:
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device)
+            scores = scores.masked_fill(future.triu(1 + before.shape[1]), float("-inf"))
         context = scores.softmax(-1) @ v
         out[rows] = context.transpose(1, 2).flatten(2).to(qkv.dtype)
     return out
@@ -131,13 +136,21 @@ def token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) -
     return logits.gather(1, tokens).double(), sums.log() + largest[:, 0].double()
 
 
-def _runs_of_equal_length(starts: Tensor) -> list[Tensor]:
-    """Row numbers [runs, T], a tensor for each length T."""
-    by_length: dict[int, list[int]] = defaultdict(list)
-    marks = starts.tolist()
-    for begin, end in pairwise(marks):
-        by_length[end - begin].append(begin)
-    return [_rows(begins, n, starts.device) for n, begins in by_length.items() if n]
+def _runs_of_equal_length(starts: Tensor, prefixes: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Row numbers of runs [runs, T] and of what stands before them [runs, P], a pair for each (T, P)."""
+    by_length: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    marks = list(pairwise(starts.tolist()))
+    before = [(0, 0)] * len(marks) if prefixes is None else prefixes.tolist()
+    for (begin, end), (first, count) in zip(marks, before, strict=True):
+        by_length[end - begin, count].append((begin, first))
+    return [
+        (
+            _rows([begin for begin, _ in runs], n, starts.device),
+            _rows([first for _, first in runs], p, starts.device),
+        )
+        for (n, p), runs in by_length.items()
+        if n
+    ]
 
 
 def _groups_of_equal_shape(query_starts: Tensor, state_starts: Tensor) -> list[tuple[Tensor, Tensor]]:

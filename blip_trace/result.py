@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from .sites import HEAD_KINDS, check_tokens
+from .metrics import METRICS, Measured
+from .sites import check_tokens
+from .uncertainty import Comparison, bootstrap_interval, paired_test, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMAT = "blip_trace.TraceResult/2"
 
 
 class MapView(NamedTuple):
@@ -33,15 +29,21 @@ class MapView(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceResult:
-    """A trace of one question.
+    """A trace of one question: of one metric, usually the answer's probability.
 
-    Probabilities are of the whole answer: for several tokens the product of theirs (teacher forcing).
-    `restored` holds, for each (stack, kind), float32 [samples, tokens, layers]: P(answer) of the corrupted
-    run with that cell's states put back to their clean values. Kinds of heads have [samples, heads, tokens,
-    layers], and everything that is said of [tokens, layers] below is [heads, tokens, layers] for them.
-    `stack_tokens` are the labels of the traced tokens, `positions` where they stand in their stack. In a
-    trace with direction "noise" a cell holds P(answer) of the clean run with the corrupted states in it, and
-    its effect is what that took away.
+    Metrics are of the whole answer: of several tokens the product of their probabilities (teacher forcing),
+    the sum of their logits, differences and divergences, the largest of their ranks; `by` gives another
+    metric of those that were asked for, or a token of the answer alone. `restored` holds, for each (stack,
+    kind), float32 [samples, tokens, layers]: the metric of the corrupted run with that cell's states put back
+    to their clean values. Kinds of heads have [samples, heads, tokens, layers], and everything that is said
+    of [tokens, layers] below is [heads, tokens, layers] for them. `stack_tokens` are the labels of the traced
+    tokens (of the vision stack: of groups of patches), `positions` where they, or the first of each group,
+    stand in their stack. In a trace with direction "noise" a cell holds the metric of the clean run with the
+    corrupted states in it, and its effect is what that took away.
+
+    `metric`, `answer_token`: what is shown (None: the whole answer). `measured`: all metrics, for each token
+    of the answer. `picture`, uint8 [H, W, 3], is what the model saw, kept where its patches were traced.
+    `exact`, bool of the maps' shape without samples: which cells were done exactly, where not all were.
     """
 
     restored: Mapping[tuple[str, str], Tensor]
@@ -53,9 +55,33 @@ class TraceResult:
     answer: str
     answer_ids: tuple[int, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = "probability"
+    answer_token: int | None = None
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    picture: Tensor | None = None
+    exact: Mapping[tuple[str, str], Tensor] | None = None
+
+    def by(self, metric: str, token: int | None = None) -> TraceResult:
+        """The same trace by another metric, of one token of the answer or of the whole of it.
+
+        By the logit difference, `normalized` is the patching effect of NOTICE: (restored - corrupted) /
+        (clean - corrupted). Raises KeyError for a metric that was not asked for, ValueError for a token that
+        the answer does not have.
+        """
+        if metric not in self.measured:
+            raise KeyError(f"{metric!r} was not measured: there are {', '.join(self.measured)}")
+        cells, low, high = self.measured[metric].joined(metric, token)
+        maps, first = {}, 0
+        for name, now in self.restored.items():
+            count = now[0].numel()
+            maps[name] = cells[:, first : first + count].reshape(now.shape)
+            first += count
+        return replace(
+            self, restored=maps, low_scores=low, high_score=high, metric=metric, answer_token=token
+        )
 
     def samples(self, stack: str, kind: str) -> Tensor:
-        """P(answer) of every cell and sample: float32 [samples, tokens, layers]. Raises KeyError where the
+        """The metric of every cell and sample: float32 [samples, tokens, layers]. Raises KeyError where the
         map was not traced."""
         try:
             return self.restored[stack, kind]
@@ -65,22 +91,23 @@ class TraceResult:
             raise KeyError(message) from None
 
     def grid(self, stack: str, kind: str) -> Tensor:
-        """P(answer) with that state restored, mean over samples: float32 [tokens, layers]."""
+        """The metric with that state restored, mean over samples: float32 [tokens, layers]."""
         return self.samples(stack, kind).mean(0)
 
     def color_range(self, stack: str, kind: str) -> tuple[float, float]:
-        """Probabilities between which the colours of a map run: from no effect, the low score, to the largest
-        one, but over no less than a quarter of the total effect, so that noise is not blown up. In noising
-        from the largest effect up to the high score, which is none."""
+        """Values between which the colours of a map run: from no effect, the low score (noising: the high
+        one), to the largest effect, but over no less than a quarter of the total effect, so that noise is not
+        blown up. The first is larger where the metric falls when the answer returns, or in noising."""
         grid = self.grid(stack, kind)
         least = max(abs(self.total_effect) / 4, 1e-6)
-        if self.noising:
-            return min(float(grid.min()), self.high_score - least), self.high_score
-        return self.low_score, max(float(grid.max()), self.low_score + least)
+        none = self.high_score if self.noising else self.low_score
+        if self.noising != METRICS[self.metric].falls:
+            return none, min(float(grid.min()), none - least)
+        return none, max(float(grid.max()), none + least)
 
     @property
     def low_score(self) -> float:
-        """P(answer) of the corrupted run, mean over samples."""
+        """The metric of the corrupted run, mean over samples."""
         return float(self.low_scores.mean())
 
     @property
@@ -90,8 +117,8 @@ class TraceResult:
 
     @property
     def total_effect_vanishes(self) -> bool:
-        """Whether the total effect is too small to divide by: below 1 % probability, or, of several samples,
-        below two standard errors of the low score."""
+        """Whether the total effect is too small to divide by: below 0.01 (1 % probability), or, of several
+        samples, below two standard errors of the low score."""
         samples = len(self.low_scores)
         error = float(self.low_scores.std()) / samples**0.5 if samples > 1 else 0.0
         return abs(self.total_effect) < max(0.01, 2 * error)
@@ -99,7 +126,7 @@ class TraceResult:
     def indirect_effect(self, stack: str, kind: str) -> Tensor:
         """Restored minus low score (noising: high score minus what is left), mean over samples: float32
         [tokens, layers]."""
-        return self._effects(stack, kind).mean(0)
+        return self.effects(stack, kind).mean(0)
 
     def normalized(self, stack: str, kind: str) -> Tensor:
         """Indirect over total effect: float32 [tokens, layers], 1 where restoring brings all of the answer
@@ -110,13 +137,47 @@ class TraceResult:
 
     def standard_error(self, stack: str, kind: str) -> Tensor:
         """Standard error of the indirect effect: float32 [tokens, layers], NaN for a single sample."""
-        effects = self._effects(stack, kind)
-        if len(effects) == 1:
-            return torch.full_like(effects[0], float("nan"))
-        error: Tensor = effects.std(0) / len(effects) ** 0.5
-        return error
+        return standard_error(self.effects(stack, kind))
 
-    def _effects(self, stack: str, kind: str) -> Tensor:
+    def interval(
+        self, stack: str, kind: str, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Bootstrap interval of the indirect effect, over samples of the noise: see
+        `uncertainty.bootstrap_interval`. Raises ValueError for a single sample."""
+        return bootstrap_interval(self.effects(stack, kind), level, draws, seed)
+
+    def compare(
+        self,
+        stack: str,
+        kind: str,
+        other: TraceResult | None = None,
+        other_kind: str | None = None,
+        *,
+        normalized: bool = False,
+    ) -> Comparison:
+        """Test cell by cell whether two maps' indirect effects differ, paired by sample: another kind of this
+        trace, or another trace (of another model, say) under the same noise. See `uncertainty.paired_test`.
+
+        normalized: of effects divided by each trace's total effect, for models whose answers are not equally
+        sure. Raises ValueError where the maps have other shapes, too few samples, or a total effect vanishes
+        that is divided by.
+        """
+        theirs = self if other is None else other
+        for what in ("corruption", "direction"):
+            if self.settings.get(what) != theirs.settings.get(what) or self.metric != theirs.metric:
+                raise ValueError(
+                    "samples are paired where both traces have the same corruption, direction and metric"
+                )
+        if other is None and other_kind is None:
+            raise ValueError("compare with another trace, another kind, or both")
+        if normalized and (self.total_effect_vanishes or theirs.total_effect_vanishes):
+            raise ValueError("a vanishing total effect cannot be divided by")
+        scales = [result.total_effect if normalized else 1.0 for result in (self, theirs)]
+        one, two = self.effects(stack, kind), theirs.effects(stack, other_kind or kind)
+        return paired_test(one / scales[0], two / scales[1])
+
+    def effects(self, stack: str, kind: str) -> Tensor:
+        """The indirect effect of every sample: float32 [samples, tokens, layers]."""
         samples = self.samples(stack, kind)
         if self.noising:
             return self.high_score - samples
@@ -141,7 +202,8 @@ class TraceResult:
                 raise ValueError(f"{kind} maps show all tokens at once: no token can be chosen")
             return MapView(grid, labels, "")
         if token is None:
-            token = int(self.indirect_effect(stack, kind).amax((0, 2)).argmax())
+            effect = self.indirect_effect(stack, kind) * (-1 if METRICS[self.metric].falls else 1)
+            token = int(effect.amax((0, 2)).argmax())
         (token,) = check_tokens([token], len(labels))
         heads = tuple(f"head {head}" for head in range(len(grid)))
         return MapView(grid[:, token], heads, f" at {labels[token]!r} ({self.positions[stack][token]})")
@@ -152,84 +214,68 @@ class TraceResult:
             raise KeyError(f"stack {stack!r} was not traced: there are {', '.join(self.stack_tokens)}")
         return self.stack_tokens[stack]
 
-    def plot(self, stack: str, kind: str, path: str | Path | None = None, token: int | None = None) -> Figure:
-        """Heatmap of the restored probability, token x layer or head x layer (see `view`); saved to `path` if
-        given (png, pdf, svg)."""
+    def plot(
+        self,
+        stack: str,
+        kind: str,
+        path: str | Path | None = None,
+        token: int | None = None,
+        level: float | None = None,
+    ) -> Figure:
+        """Heatmap of the metric, token x layer or head x layer (see `view`); saved to `path` if given (png,
+        pdf, svg). level: cells are crossed out whose bootstrap interval of this level holds no effect."""
         from .plotting import plot_map
 
-        return plot_map(self, stack, kind, path, token)
+        return plot_map(self, stack, kind, path, token, level)
+
+    def plot_image(
+        self, kind: str = "hidden", path: str | Path | None = None, layers: Sequence[int] | None = None
+    ) -> Figure:
+        """The vision stack's map over the picture, one panel for each layer (all of them unless `layers` are
+        given), the class token's effect above it. Raises KeyError where the vision stack was not traced."""
+        from .plotting_image import plot_image
+
+        return plot_image(self, kind, path, layers)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the maps and, in its metadata, everything else; whole or not at all.
 
         Raises OSError where the file cannot be written.
         """
-        tensors = {f"{stack}/{kind}": maps.contiguous() for (stack, kind), maps in self.restored.items()}
-        tensors["low_scores"] = self.low_scores.contiguous()
-        metadata = {"format": FORMAT, "trace": json.dumps(self._description(), ensure_ascii=False)}
-        write_whole(Path(path), save(tensors, metadata))
+        from .trace_file import write_trace
+
+        write_trace(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> TraceResult:
         """Read what `save` wrote. Raises ValueError where the file is something else, OSError where it cannot
         be read."""
-        try:
-            with safe_open(Path(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is not {FORMAT}")
-                about = json.loads(metadata["trace"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls._read(about, tensors)
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no saved trace: {error}") from error
+        from .trace_file import read_trace
 
-    @classmethod
-    def _read(cls, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> TraceResult:
-        low_scores = tensors.pop("low_scores")  # [samples]
-        tokens = {stack: tuple(labels) for stack, labels in about["tokens"].items()}
-        positions = {stack: tuple(map(int, places)) for stack, places in about["positions"].items()}
-        if {s: len(p) for s, p in positions.items()} != {s: len(t) for s, t in tokens.items()}:
-            raise ValueError("its tokens and their positions do not fit")
-        maps = {}
-        for name, tensor in tensors.items():
-            stack, _, kind = name.partition("/")
-            dims = 4 if kind in HEAD_KINDS else 3
-            if tensor.dim() != dims or (*tensor.shape[:1], tensor.shape[-2]) != (
-                *low_scores.shape,
-                len(tokens[stack]),
-            ):
-                raise ValueError(f"the map {name} has the wrong shape {list(tensor.shape)}")
-            maps[stack, kind] = tensor
-        return cls(
-            restored=maps,
-            low_scores=low_scores,
-            high_score=float(about["high_score"]),
-            stack_tokens=tokens,
-            positions=positions,
-            question=about["question"],
-            answer=about["answer"],
-            answer_ids=tuple(about["answer_ids"]),
-            settings=about["settings"],
-        )
+        return read_trace(Path(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain numbers and strings, for JSON: means over samples, and what `save` describes."""
         maps = {f"{stack}/{kind}": self.grid(stack, kind).tolist() for stack, kind in self.restored}
         return {
-            **self._description(),
+            **self.description(),
             "low_score": self.low_score,
             "low_scores": self.low_scores.tolist(),
             "total_effect_vanishes": self.total_effect_vanishes,
             "maps": maps,
         }
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """All of it but the maps' numbers, for JSON."""
         return {
             "question": self.question,
             "answer": self.answer,
             "answer_ids": list(self.answer_ids),
             "high_score": self.high_score,
+            "metric": self.metric,
+            "answer_token": self.answer_token,
+            "metrics": list(self.measured),
+            "maps": [list(name) for name in self.restored],
             "tokens": {stack: list(labels) for stack, labels in self.stack_tokens.items()},
             "positions": {stack: list(places) for stack, places in self.positions.items()},
             "settings": dict(self.settings),
@@ -238,27 +284,27 @@ class TraceResult:
 
 @dataclass(frozen=True)
 class Restored:
-    """What `Tracer.restore` returns: probabilities of the whole answer, a cell each.
+    """What `Tracer.restore` returns: one metric of each cell, of the whole answer unless `answer_token` is
+    given.
 
-    scores float32 [samples, cells], low_scores [samples] of the corrupted run, high_score of the clean one;
-    token_log_probs float64 [samples, cells, answer tokens].
+    scores float32 [samples, cells], low_scores [samples] of the corrupted run, high_score of the clean one.
+    `measured`: all metrics that were asked for, for each token of the answer.
     """
 
     scores: Tensor
-    token_log_probs: Tensor
     low_scores: Tensor
     high_score: float
     question: str
     answer: str
     answer_ids: tuple[int, ...]
     settings: Mapping[str, Any]
+    metric: str
+    answer_token: int | None
+    measured: Mapping[str, Measured]
 
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    def by(self, metric: str, token: int | None = None) -> Restored:
+        """As `TraceResult.by`."""
+        if metric not in self.measured:
+            raise KeyError(f"{metric!r} was not measured: there are {', '.join(self.measured)}")
+        cells, low, high = self.measured[metric].joined(metric, token)
+        return replace(self, scores=cells, low_scores=low, high_score=high, metric=metric, answer_token=token)

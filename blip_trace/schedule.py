@@ -18,24 +18,25 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from .sites import KINDS, Cell, Site
-
-Ints = npt.NDArray[np.int64]
+from .contexts import Attended, Contexts, Knockout, Override
+from .layout import Ints, Layout, int32
+from .sites import KINDS, Cell, Cut, Site
 
 
 @dataclass(frozen=True)
 class Job:
     """The shape of one question: its runs are a clean one, one corrupted run per sample, and for every sample
     and cell one that is patched: the corrupted run with the cell's clean states (`denoise`) or the clean run
-    with its corrupted ones (`noise`). `question` and `answer` are lengths in tokens. Corrupted are the image
-    states, the question's embeddings (`words`), or both."""
+    with its corrupted ones (`noise`).
 
-    question: int
-    answer: int
+    tokens: lengths in the text stacks. Corrupted are the image, the embeddings of the first text (`words`),
+    both, or nothing. The answer is read from rows `reads` of a run in the last stack.
+    """
+
+    tokens: tuple[int, ...]
+    reads: range
     samples: int
     cells: tuple[Cell, ...]
     direction: str = "denoise"
@@ -50,8 +51,13 @@ class Job:
 
     @property
     def entries(self) -> int:
-        """Embedded questions that it brings, likewise."""
+        """Embedded texts that it brings, likewise."""
         return 1 + self.samples * self.words
+
+    @property
+    def runs(self) -> int:
+        """All its runs."""
+        return 1 + self.samples * (1 + len(self.cells))
 
 
 @dataclass(frozen=True)
@@ -62,90 +68,111 @@ class StackShape:
     name: str
     steps: tuple[tuple[int, str], ...]
     heads: int
+    causal: bool
 
 
 @dataclass(frozen=True)
 class Step:
     """How one sublayer is run, and how its batch becomes the next one's.
 
-    starts [runs + 1]: first row of each class in the batch that the sublayer sees. query_starts and
+    starts [classes + 1]: first row of each class in the batch that the sublayer sees. prefixes [classes, 2]:
+    see `Layout.prefixes`. query_starts and
     state_starts [groups + 1]: for cross-attention, the rows that share a set of states, and that set's rows.
     residual_rows, update_rows [rows of the next batch]: see `reference.linear_add_norm`; None: unchanged.
-    head_rows [P, heads]: rows that stand behind the batch before it is projected, mixed from it: head h of
-    row p is that of row head_rows[p, h]. All int32.
+    knockout: rows that stand behind the batch before it is projected.
+    head_rows [P, heads]: rows that stand behind those, mixed from all before: head h of row p is that of row
+    head_rows[p, h]. All int32.
     """
 
     layer: int
     sublayer: str
     rows: int
     starts: Tensor
+    prefixes: Tensor | None
     query_starts: Tensor | None
     state_starts: Tensor | None
     residual_rows: Tensor | None
     update_rows: Tensor | None
+    knockout: Knockout | None
     head_rows: Tensor | None
 
 
 @dataclass(frozen=True)
 class StackPlan:
-    """All steps of a stack; at its end run r is of class class_of[r], whose rows begin at starts[class]."""
+    """All steps of a stack; at its end run r is of class class_of[r], whose rows `layout` tells."""
 
     name: str
     entry_rows: Tensor | None
     steps: tuple[Step, ...]
-    starts: Tensor
+    layout: Layout
     class_of: Ints
 
     @property
     def rows(self) -> int:
         """Rows of the final batch."""
-        return int(self.starts[-1])
+        return int(self.layout.starts[-1])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of the question and the answer stack, and the rows of each run's answer.
+    """The plans of the stacks that are run, in order, and the rows of each run's answer.
 
-    first_answer_row [runs]: a run's answer tokens are consecutive rows from there. Runs lie job after job:
-    clean, corrupted samples, then cell after cell for the first sample, for the second, and so on.
+    answer_rows[j] [runs, A]: where the last stack holds what job j's
+    runs answer. Runs lie job after job: clean, corrupted samples, then cell after cell for the first sample,
+    for the second, and so on.
     """
 
-    question: StackPlan
-    answer: StackPlan
-    first_run: tuple[int, ...]
-    first_answer_row: Ints
+    stacks: tuple[StackPlan, ...]
+    answer_rows: tuple[Ints, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the last stack."""
+        return self.stacks[-1].rows
 
 
 @lru_cache(maxsize=64)
-def plan(question: StackShape, answer: StackShape, jobs: tuple[Job, ...], states: int) -> Plan:
-    """Plan a pass over `jobs`. Each job brings its embedded questions and sets of `states` image states:
-    clean, then corrupted."""
-    first_run, restores = _runs(jobs)
+def plan(image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Job, ...], states: int) -> Plan:
+    """Plan a pass over `jobs` through the text stacks, in order, and before them through the image stack
+    unless it is None.
+
+    Each job brings sets of `states` rows for its image, clean and then corrupted: embedded patches, or the
+    image stack's final states where that is not run. Its embedded texts likewise enter the first text stack,
+    which attends to the image; each further one attends to the one before.
+    """
+    changes = _changes(jobs)
+    base_of = _base_of(jobs)
     inputs = [_inputs_of(job) for job in jobs]
     first_set = _firsts([job.image_sets for job in jobs])
     first_entry = _firsts([job.entries for job in jobs])
-    question_plan = _plan_stack(
-        question,
-        lengths=[job.question for job in jobs for _ in range(job.entries)],
-        entry_of=np.concatenate(
-            [first + own * job.words for first, own, job in zip(first_entry, inputs, jobs, strict=True)]
-        ),
-        source_of=np.concatenate(
-            [first + own * job.images for first, own, job in zip(first_set, inputs, jobs, strict=True)]
-        ),
-        source_lengths=np.full(sum(job.image_sets for job in jobs), states),
-        restores=restores[question.name],
+    source_of = np.concatenate(
+        [first + own * job.images for first, own, job in zip(first_set, inputs, jobs, strict=True)]
     )
-    answer_plan = _plan_stack(
-        answer,
-        lengths=[job.answer for job in jobs],
-        entry_of=np.repeat(np.arange(len(jobs)), [_runs_of(job) for job in jobs]),
-        source_of=question_plan.class_of,
-        source_lengths=np.diff(question_plan.starts.numpy()),
-        restores=restores[answer.name],
+    entry_of = np.concatenate(
+        [first + own * job.words for first, own, job in zip(first_entry, inputs, jobs, strict=True)]
     )
-    first_answer_row = answer_plan.starts.numpy()[answer_plan.class_of].astype(np.int64)
-    return Plan(question_plan, answer_plan, first_run, first_answer_row)
+    source_lengths: Ints = np.full(sum(job.image_sets for job in jobs), states)
+    stacks = []
+    if image is not None:
+        nothing = np.zeros_like(source_of), np.zeros(1, dtype=np.int64)
+        stacks.append(_plan_stack(image, source_lengths, source_of, *nothing, changes[image.name], base_of))
+        source_of, source_lengths = stacks[-1].class_of, stacks[-1].layout.tokens
+    for number, shape in enumerate(texts):
+        entries = [1 if number else job.entries for job in jobs]
+        lengths = np.repeat([job.tokens[number] for job in jobs], entries)
+        if number:
+            entry_of = np.repeat(np.arange(len(jobs)), [job.runs for job in jobs])
+        stacks.append(
+            _plan_stack(shape, lengths, entry_of, source_of, source_lengths, changes[shape.name], base_of)
+        )
+        # a stack that shares rows is the last one: what attends to another reads whole sets
+        assert number == len(texts) - 1 or not shape.causal
+        source_of, source_lengths = stacks[-1].class_of, stacks[-1].layout.tokens
+    rows_of = [stacks[-1].layout.rows(number) for number in range(len(source_lengths))]
+    answer_rows = []
+    for job, own in zip(jobs, np.split(source_of, _firsts([job.runs for job in jobs])[1:]), strict=True):
+        answer_rows.append(np.stack([rows_of[number][job.reads] for number in own.tolist()]))
+    return Plan(tuple(stacks), tuple(answer_rows))
 
 
 @lru_cache(maxsize=64)
@@ -153,52 +180,65 @@ def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
     """A plan in which nothing forks: `runs` runs of `tokens` tokens, as the image stack is run."""
     return _plan_stack(
         shape,
-        lengths=[tokens] * runs,
+        lengths=np.full(runs, tokens),
         entry_of=np.arange(runs),
         source_of=np.zeros(runs, dtype=np.int64),
         source_lengths=np.zeros(1, dtype=np.int64),
-        restores=(),
+        changes=(),
+        base_of=np.arange(runs),
     )
 
 
-class _Override(NamedTuple):
-    """A token's state, at a place, is that of another class of runs."""
-
-    token: int
-    place: str
-    head: int | None
-    donor: int
-
-
 @dataclass(frozen=True)
-class _Restore:
-    """Replace a run's site by the donor run's state."""
+class _Take:
+    """A run's site takes the donor run's state."""
 
     run: int
     site: Site
     donor: int
 
 
-def _runs_of(job: Job) -> int:
-    return 1 + job.samples * (1 + len(job.cells))
+@dataclass(frozen=True)
+class _Lose:
+    """A run loses attention edges."""
+
+    run: int
+    cut: Cut
 
 
-def _runs(jobs: Sequence[Job]) -> tuple[tuple[int, ...], dict[str, list[_Restore]]]:
-    """First run of each job, and all restorations by stack."""
-    first_run = []
-    restores: dict[str, list[_Restore]] = defaultdict(list)
-    runs = 0
+_Change = _Take | _Lose
+
+
+def _changes(jobs: Sequence[Job]) -> dict[str, list[_Change]]:
+    """All that is changed in the runs of a stack."""
+    changes: dict[str, list[_Change]] = defaultdict(list)
+    clean = 0
     for job in jobs:
-        first_run.append(runs)
-        clean, run = runs, runs + 1 + job.samples
-        for sample in range(job.samples):
-            donor = clean if job.direction == "denoise" else clean + 1 + sample
+        run = clean + 1 + job.samples
+        for corrupted in range(clean + 1, clean + 1 + job.samples):
+            base, donor = (corrupted, clean) if job.direction == "denoise" else (clean, corrupted)
             for cell in job.cells:
                 for site in cell.sites:
-                    restores[site.stack].append(_Restore(run, site, donor))
+                    changes[site.stack].append(_Take(run, site, donor))
+                for site in cell.frozen:
+                    changes[site.stack].append(_Take(run, site, base))
+                for cut in cell.cuts:
+                    changes[cut.stack].append(_Lose(run, cut))
                 run += 1
-        runs = run
-    return tuple(first_run), restores
+        clean = run
+    return changes
+
+
+def _base_of(jobs: Sequence[Job]) -> Ints:
+    """For each run the one that it is until something is changed in it."""
+    bases = []
+    clean = 0
+    for job in jobs:
+        corrupted = clean + 1 + np.arange(job.samples)
+        base = corrupted if job.direction == "denoise" else np.full_like(corrupted, clean)
+        bases.append(np.concatenate(([clean], corrupted, np.repeat(base, len(job.cells)))))
+        clean += job.runs
+    return np.concatenate(bases)
 
 
 def _inputs_of(job: Job) -> Ints:
@@ -218,78 +258,113 @@ class _Refined(NamedTuple):
 
     residual_rows: Tensor | None = None
     update_rows: Tensor | None = None
+    knockout: Knockout | None = None
     head_rows: Tensor | None = None
 
 
 class _Batch:
     """The classes of runs that share rows, sorted by the set of states that they read."""
 
-    def __init__(self, entry_of: Ints, entry_lengths: Sequence[int], source_of: Ints) -> None:
+    def __init__(
+        self, shape: StackShape, entry_of: Ints, entry_lengths: Ints, source_of: Ints, base_of: Ints
+    ) -> None:
         self.class_of = entry_of.copy()
+        self.layout = Layout.whole(entry_lengths)
         self.source_of = source_of
-        self.lengths = np.asarray(entry_lengths)
+        self.base_of = base_of
+        self.shape = shape
 
-    @property
-    def starts(self) -> Ints:
-        return np.concatenate(([0], np.cumsum(self.lengths)))
-
-    def refine(self, restores: Iterable[_Restore], by_source: bool, heads: int = 0) -> _Refined:
+    def refine(
+        self, changes: Iterable[_Change], by_source: bool, attended: Attended | None = None
+    ) -> _Refined:
         """Give rows of their own to runs that differ from here on."""
-        overrides: dict[int, set[_Override]] = defaultdict(set)
-        for restore in restores:
-            donor = int(self.class_of[restore.donor])
-            if donor != self.class_of[restore.run]:  # else the state is the clean one already
-                site = restore.site
-                overrides[restore.run].add(_Override(site.token, KINDS[site.kind].place, site.head, donor))
+        overrides = self._overrides(changes)
         split = by_source and not self._sorted_by_source()
         if not overrides and not split:
             return _Refined()
 
         source = self.source_of if split else np.zeros_like(self.source_of)
-        keys: dict[tuple[int, int, frozenset[_Override]], list[int]] = defaultdict(list)
-        nothing: frozenset[_Override] = frozenset()
+        keys: dict[tuple[int, int, tuple[Override, ...]], list[int]] = defaultdict(list)
         for run, key in enumerate(zip(self.class_of.tolist(), source.tolist(), strict=True)):
-            keys[(*key, frozenset(overrides[run]) if run in overrides else nothing)].append(run)
+            keys[(*key, overrides.get(run, ()))].append(run)
         classes = sorted(keys.items(), key=lambda item: (self.source_of[item[1][0]], item[0][0], item[1][0]))
 
-        old_starts = self.starts
-        parents = np.array([parent for (parent, _, _), _ in classes])
-        self.lengths = self.lengths[parents]
-        starts = self.starts
-        residual = np.repeat(old_starts[parents] - starts[:-1], self.lengths) + np.arange(starts[-1])
-        update = residual.copy()
-        mixed: dict[tuple[int, ...], int] = {}  # rows of `head_rows`
-        for number, ((parent, _, changed), runs) in enumerate(classes):
-            self.class_of[runs] = number
-            by_token: dict[int, list[int]] = {}
-            for token, place, head, donor in changed:
-                if place == "head":
-                    assert head is not None
-                    sources = by_token.setdefault(token, [int(old_starts[parent]) + token] * heads)
-                    sources[head] = int(old_starts[donor]) + token
-            for token, sources in by_token.items():
-                row = mixed.setdefault(tuple(sources), len(mixed))
-                update[starts[number] + token] = old_starts[-1] + row
-            # what is restored behind the projection stands, whatever its heads were
-            for token, place, _, donor in changed:
-                if place != "head":
-                    update[starts[number] + token] = old_starts[donor] + token
+        old = self.layout
+        sources = [int(self.source_of[runs[0]]) for _, runs in classes]
+        contexts = Contexts(old, self.shape.heads, attended)
+        for ((parent, _, changed), _), own_source in zip(classes, sources, strict=True):
+            contexts.see(parent, own_source, changed)
+        shared = np.array([self._shared(*key, runs) for key, runs in classes])
+        residual, update = [], []
+        marks = zip(classes, sources, shared.tolist(), strict=True)
+        for ((parent, _, changed), _), own_source, first in marks:
+            stream = old.rows(parent, first)
+            added = stream.copy()
+            for token, row in contexts.rows(parent, own_source, changed).items():
+                added[token - first] = row
+            # what is put behind the projection stands, whatever the context was; a stream, whatever was added
+            for token, place, _, donor, _ in sorted(changed, key=lambda o: o.place == "stream"):
+                if place in ("update", "stream"):
+                    added[token - first] = old.row(donor, token)
                 if place == "stream":
-                    residual[starts[number] + token] = old_starts[donor] + token
-        head_rows = _int32(np.array(list(mixed))) if mixed else None
-        return _Refined(_int32(residual), _int32(update), head_rows)
+                    stream[token - first] = old.row(donor, token)
+            residual.append(stream)
+            update.append(added)
+        for number, (_, runs) in enumerate(classes):
+            self.class_of[runs] = number
+        leader = self.class_of[self.base_of[[runs[0] for _, runs in classes]]]
+        self.layout = Layout(old.tokens[[parent for (parent, _, _), _ in classes]], shared, leader)
+        return _Refined(
+            int32(np.concatenate(residual)),
+            int32(np.concatenate(update)),
+            contexts.knockout(),
+            contexts.head_rows(),
+        )
+
+    def _shared(self, parent: int, _: int, changed: tuple[Override, ...], runs: list[int]) -> int:
+        """How many tokens a class shares from now on with the run that it was before anything was changed."""
+        bases = self.base_of[runs]
+        if not self.shape.causal or len(set(self.class_of[bases])) > 1 or (bases == runs).any():
+            return 0
+        if (self.source_of[bases] != self.source_of[runs]).any():
+            return 0
+        before = int(self.layout.shared[parent])
+        if self.class_of[bases[0]] == parent:
+            before = int(self.layout.tokens[parent])  # they were the same until now
+        return min([before, *(override.token for override in changed)])
+
+    def _overrides(self, changes: Iterable[_Change]) -> dict[int, tuple[Override, ...]]:
+        """What differs in each run, in one order: plans must not hang on that of a set."""
+        overrides: dict[int, set[Override]] = defaultdict(set)
+        cuts: dict[tuple[int, int], set[int]] = defaultdict(set)
+        for change in changes:
+            if isinstance(change, _Lose):
+                for query in change.cut.queries:
+                    cuts[change.run, query] |= change.cut.keys
+            else:
+                site, donor = change.site, int(self.class_of[change.donor])
+                head = -1 if site.head is None else site.head
+                overrides[change.run].add(Override(site.token, KINDS[site.kind].place, head, donor))
+        for (run, query), keys in cuts.items():
+            overrides[run].add(Override(query, "context", cut=tuple(sorted(keys))))
+        # a run that only takes states of its own class has them already; beside others they may undo those
+        return {
+            run: tuple(sorted(own))
+            for run, own in overrides.items()
+            if any(override.donor != self.class_of[run] for override in own)
+        }
 
     def groups(self, source_lengths: Ints) -> tuple[Tensor, Tensor]:
         """query_starts and state_starts: consecutive classes that read one set of states form a group."""
-        sources = np.zeros(len(self.lengths), dtype=np.int64)
+        sources = np.zeros(len(self.layout.tokens), dtype=np.int64)
         sources[self.class_of] = self.source_of
         first = np.searchsorted(sources, np.arange(len(source_lengths) + 1))
-        return _int32(self.starts[first]), _int32(np.concatenate(([0], np.cumsum(source_lengths))))
+        return int32(self.layout.starts[first]), int32(np.concatenate(([0], np.cumsum(source_lengths))))
 
     def _sorted_by_source(self) -> bool:
         """Whether every class reads one set of states, and classes lie in the order of the sets."""
-        lowest = np.full(len(self.lengths), np.iinfo(np.int64).max)
-        highest = np.full(len(self.lengths), -1)
+        lowest = np.full(len(self.layout.tokens), np.iinfo(np.int64).max)
+        highest = np.full(len(self.layout.tokens), -1)
         np.minimum.at(lowest, self.class_of, self.source_of)
         np.maximum.at(highest, self.class_of, self.source_of)
         return bool((lowest == highest).all() and (np.diff(lowest) >= 0).all())
@@ -297,34 +372,44 @@ class _Batch:
 
 def _plan_stack(
     shape: StackShape,
-    lengths: Sequence[int],
+    lengths: Ints,
     entry_of: Ints,
     source_of: Ints,
     source_lengths: Ints,
-    restores: Iterable[_Restore],
+    changes: Iterable[_Change],
+    base_of: Ints,
 ) -> StackPlan:
-    restored_at: dict[tuple[int, str], list[_Restore]] = defaultdict(list)
-    for restore in restores:
-        restored_at[restore.site.layer, KINDS[restore.site.kind].sublayer].append(restore)
+    changed_at: dict[tuple[int, str], list[_Change]] = defaultdict(list)
+    for change in changes:
+        if isinstance(change, _Take):
+            changed_at[change.site.layer, KINDS[change.site.kind].sublayer].append(change)
+        else:
+            changed_at[change.cut.layer, change.cut.sublayer].append(change)
 
-    batch = _Batch(entry_of, lengths, source_of)
+    batch = _Batch(shape, entry_of, lengths, source_of, base_of)
+    attended = {
+        "self_attn": Attended(shape.causal, None),
+        "cross_attn": Attended(False, np.concatenate(([0], np.cumsum(source_lengths)))),
+    }
     crosses = [name == "cross_attn" for _, name in shape.steps] + [False]
     entry = batch.refine((), by_source=crosses[0])
     steps = []
     for number, (layer, name) in enumerate(shape.steps):
-        starts = batch.starts
+        layout = batch.layout
         query_starts, state_starts = batch.groups(source_lengths) if crosses[number] else (None, None)
-        refined = batch.refine(restored_at[layer, name], by_source=crosses[number + 1], heads=shape.heads)
+        refined = batch.refine(changed_at[layer, name], crosses[number + 1], attended.get(name))
         steps.append(
             Step(
                 layer=layer,
                 sublayer=name,
-                rows=int(starts[-1]),
-                starts=_int32(starts),
+                rows=int(layout.starts[-1]),
+                starts=int32(layout.starts),
+                prefixes=layout.prefixes(),
                 query_starts=query_starts,
                 state_starts=state_starts,
                 residual_rows=refined.residual_rows,
                 update_rows=refined.update_rows,
+                knockout=refined.knockout,
                 head_rows=refined.head_rows,
             )
         )
@@ -332,10 +417,6 @@ def _plan_stack(
         name=shape.name,
         entry_rows=entry.residual_rows,
         steps=tuple(steps),
-        starts=_int32(batch.starts),
+        layout=batch.layout,
         class_of=batch.class_of,
     )
-
-
-def _int32(values: Ints) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))

@@ -1,4 +1,5 @@
-"""Which states can be restored, and which are restored together: Site, Cell, windows, grids."""
+"""Which states can be restored, frozen or cut off, and which of it happens in one run: Site, Cut, Cell,
+grids."""
 
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ KINDS: dict[str, Kind] = {
     "cross_attn_head": Kind("cross_attn", "head"),
 }
 HEAD_KINDS = tuple(name for name, kind in KINDS.items() if kind.place == "head")
+VISION_KINDS = ("hidden", "self_attn", "mlp")
+"""What the image encoder has of them: it attends to nothing but itself."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,55 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The sites restored together in one run: one number of the map."""
+class Cut:
+    """Edges of one layer's attention taken away: the tokens `queries` do not see the tokens `keys`, in any
+    head (attention knockout: Geva et al. 2023, section 5).
 
-    sites: frozenset[Site]
+    `keys` are tokens of the same stack (sublayer "self_attn") or of the one that it attends to
+    ("cross_attn": image tokens, of which 0 is the class token, or tokens of the question).
+    """
+
+    stack: str
+    layer: int
+    sublayer: Literal["self_attn", "cross_attn"]
+    queries: frozenset[int]
+    keys: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run changes: one number of the map.
+
+    `sites` take their states from the other run: the clean one where a corrupted run is restored. `frozen`
+    sites keep those of the run that is changed, whatever happens before them. `cuts` are attention edges
+    that it lacks.
+    """
+
+    sites: frozenset[Site] = frozenset()
+    frozen: frozenset[Site] = frozenset()
+    cuts: frozenset[Cut] = frozenset()
+
+    def __post_init__(self) -> None:
+        if both := self.sites & self.frozen:
+            raise ValueError(f"a site cannot be restored and frozen at once: {next(iter(both))}")
 
     @classmethod
-    def of(cls, sites: Iterable[Site]) -> Cell:
-        """A cell of these sites; their order does not matter."""
-        return cls(frozenset(sites))
+    def of(cls, sites: Iterable[Site] = (), frozen: Iterable[Site] = (), cuts: Iterable[Cut] = ()) -> Cell:
+        """A cell of these; their order does not matter."""
+        return cls(frozenset(sites), frozenset(frozen), frozenset(cuts))
+
+    @classmethod
+    def knockout(
+        cls,
+        stack: str,
+        sublayer: Literal["self_attn", "cross_attn"],
+        queries: Iterable[int],
+        keys: Iterable[int],
+        layers: Iterable[int],
+    ) -> Cell:
+        """A cell without these attention edges in these layers: see `Cut`."""
+        edges = frozenset(queries), frozenset(keys)
+        return cls.of(cuts=(Cut(stack, layer, sublayer, *edges) for layer in layers))
 
     @classmethod
     def each(cls, stack: str, kind: str, index: ArrayLike) -> list[Cell]:
@@ -76,38 +119,78 @@ class Cell:
         return [cls.of([Site(stack, layer, kind, token, *head)]) for layer, token, *head in rows.tolist()]
 
 
-def check_cells(
-    cells: Sequence[Cell | Site | Iterable[Site]], lengths: Mapping[str, int], layers: int, heads: int
-) -> tuple[Cell, ...]:
-    """Cells of what may also be given as a site or as several; `lengths`: tokens of each stack.
+class Shape(NamedTuple):
+    """What a stack has: tokens, layers, heads, the tokens of the stack that its cross-attention reads (0
+    where it has none), and whether a token sees only those before it."""
 
-    Raises ValueError where there are none, for a cell without sites and for a site that does not exist,
-    TypeError for anything else.
+    tokens: int
+    layers: int
+    heads: int
+    source: int
+    causal: bool
+
+
+def check_cells(
+    cells: Sequence[Cell | Site | Iterable[Site]], shapes: Mapping[str, Shape]
+) -> tuple[Cell, ...]:
+    """Cells of what may also be given as a site or as several; `shapes` of the stacks that can be changed.
+
+    Raises ValueError where there are none, for a cell that changes nothing, for a site or an edge that does
+    not exist and for a cut that leaves a token nothing to attend to; TypeError for anything else.
     """
     made = []
     for given in cells:
         cell = given if isinstance(given, Cell) else Cell.of([given] if isinstance(given, Site) else given)
-        if not cell.sites:
+        if not cell.sites and not cell.cuts:
             raise ValueError("a cell without sites restores nothing")
-        for site in cell.sites:
-            _check_site(site, lengths, layers, heads)
+        for site in cell.sites | cell.frozen:
+            _check_site(site, shapes)
+        _check_cuts(cell.cuts, shapes)
         made.append(cell)
     if not made:
         raise ValueError("no cells given to restore")
     return tuple(made)
 
 
-def _check_site(site: object, lengths: Mapping[str, int], layers: int, heads: int) -> None:
+def _check_site(site: object, shapes: Mapping[str, Shape]) -> None:
     if not isinstance(site, Site):
         raise TypeError(f"a cell is made of sites, not of {type(site).__name__}")
-    check_names("stack", site.stack, lengths)
-    check_names("kind", site.kind, KINDS)
-    limits = {"layer": (site.layer, layers), "token": (site.token, lengths[site.stack])}
+    check_names("stack", site.stack, shapes)
+    shape = shapes[site.stack]
+    check_names("kind", site.kind, VISION_KINDS if site.stack == "vision" else KINDS)
+    _check_number(site.stack, "layer", site.layer, shape.layers)
+    _check_number(site.stack, "token", site.token, shape.tokens)
     if site.head is not None:
-        limits["head"] = (site.head, heads)
-    for what, (number, limit) in limits.items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < limit:
-            raise ValueError(f"{site.stack} has no {what} {number!r}: it has {limit} (0 to {limit - 1})")
+        _check_number(site.stack, "head", site.head, shape.heads)
+
+
+def _check_cuts(cuts: Iterable[object], shapes: Mapping[str, Shape]) -> None:
+    lost: dict[tuple[str, int, str, int], set[int]] = {}
+    for cut in cuts:
+        if not isinstance(cut, Cut):
+            raise TypeError(f"attention edges are given by a Cut, not by {type(cut).__name__}")
+        check_names("stack", cut.stack, [stack for stack in shapes if stack != "vision"])
+        shape = shapes[cut.stack]
+        check_names("sublayer", cut.sublayer, ["self_attn", "cross_attn"] if shape.source else ["self_attn"])
+        _check_number(cut.stack, "layer", cut.layer, shape.layers)
+        keys = shape.tokens if cut.sublayer == "self_attn" else shape.source
+        for key in cut.keys:
+            _check_number(f"what {cut.stack} attends to", "token", key, keys)
+        for query in cut.queries:
+            _check_number(cut.stack, "token", query, shape.tokens)
+            seen = range(query + 1) if cut.sublayer == "self_attn" and shape.causal else range(keys)
+            gone = lost.setdefault((cut.stack, cut.layer, cut.sublayer, query), set())
+            gone.update(cut.keys)
+            if gone.issuperset(seen):
+                raise ValueError(
+                    f"token {query} of {cut.stack} has nothing left to attend to in layer {cut.layer}: "
+                    f"all its {cut.sublayer} edges are cut"
+                )
+
+
+def _check_number(what: str, name: str, number: object, limit: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < limit:
+        raise ValueError(f"{what} has no {name} {number!r}: it has {limit} (0 to {limit - 1})")
 
 
 def window_layers(layer: int, window: int, layers: int) -> range:
@@ -120,17 +203,56 @@ def window_layers(layer: int, window: int, layers: int) -> range:
 
 
 def grid_cells(
-    stack: str, kind: str, tokens: Iterable[int], layers: int, window: int, heads: int
+    stack: str,
+    kind: str,
+    groups: Iterable[Sequence[int]],
+    shape: Shape,
+    window: int = 1,
+    sever: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of one map, token by token and layer by layer; of a kind that has heads, head by head of
-    those."""
-    tokens = tuple(tokens)
+    """The cells of one map, group of tokens by group of tokens and layer by layer; of a kind that has heads,
+    head by head of those.
+
+    A group's tokens are restored together: usually there is one. `sever`: kinds that are frozen in all layers
+    at the tokens restored (the severed paths of Meng et al. 2022, section 2.2).
+    """
+    groups = [tuple(group) for group in groups]
     return [
-        Cell.of(Site(stack, w, kind, token, head) for w in window_layers(layer, window, layers))
-        for head in (range(heads) if kind in HEAD_KINDS else (None,))
-        for token in tokens
-        for layer in range(layers)
+        _severed(
+            {
+                Site(stack, near, kind, token, head)
+                for near in window_layers(layer, window, shape.layers)
+                for token in group
+            },
+            sever,
+            shape.layers,
+        )
+        for head in (range(shape.heads) if kind in HEAD_KINDS else (None,))
+        for group in groups
+        for layer in range(shape.layers)
     ]
+
+
+def _severed(sites: set[Site], sever: Sequence[str], layers: int) -> Cell:
+    first = min(site.layer for site in sites)
+    frozen = {
+        Site(stack, layer, kind, token)
+        for stack, token in {(site.stack, site.token) for site in sites}
+        for kind in sever
+        for layer in range(first, layers)  # before that nothing differs
+    }
+    return Cell.of(sites, frozen - sites)
+
+
+def patch_groups(side: int, block: int) -> dict[str, tuple[int, ...]]:
+    """The image tokens of a picture of side x side patches, by label: the class token, then blocks of
+    block x block patches from the top left on, row by row (smaller ones at the right and lower edge)."""
+    groups: dict[str, tuple[int, ...]] = {"class": (0,)}
+    for top in range(0, side, block):
+        for left in range(0, side, block):
+            rows, columns = (range(first, min(first + block, side)) for first in (top, left))
+            groups[f"{top // block},{left // block}"] = tuple(1 + y * side + x for y in rows for x in columns)
+    return groups
 
 
 def check_names(what: str, names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
@@ -150,21 +272,21 @@ def check_names(what: str, names: Sequence[str], known: Iterable[str]) -> tuple[
 
 
 def check_maps(
-    stacks: Sequence[str], kinds: Sequence[str], window: int
+    stacks: Sequence[str], kinds: Sequence[str], window: int, known: Iterable[str] = STACKS
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Stacks and kinds as tuples without repetitions.
+    """Stacks and kinds as tuples without repetitions; `known`: the stacks of the model.
 
-    Raises ValueError for an unknown or missing name, for the vision stack, and for a window that is no whole
-    number of layers.
+    Raises ValueError for an unknown or missing name, for a kind that a stack does not have, and for a window
+    that is no whole number of layers.
     """
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(f"window must be a whole number of layers of at least 1, not {window!r}")
-    stacks = check_names("stack", stacks, STACKS)
+    stacks, kinds = check_names("stack", stacks, known), check_names("kind", kinds, KINDS)
     if "vision" in stacks:
-        raise ValueError(
-            "the vision stack lies before the corrupted image embeddings: nothing in it can be restored"
-        )
-    return stacks, check_names("kind", kinds, KINDS)
+        for kind in kinds:
+            if kind not in VISION_KINDS:
+                raise ValueError(f"the vision stack has no kind {kind!r}: it has {', '.join(VISION_KINDS)}")
+    return stacks, kinds
 
 
 def check_tokens(tokens: Sequence[int] | None, length: int) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from .metrics import METRICS
+from .plotting import metric_title, printable
 from .result import TraceResult
 
 HUES = {"vision": (0, 109, 44), "text_encoder": (84, 39, 143), "text_decoder": (165, 15, 21)}
@@ -38,11 +40,12 @@ def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
     samples = len(result.low_scores)
     spread = f" ± {float(result.low_scores.std()):.2g}" if samples > 1 else ""
     many = "s" if samples > 1 else ""
+    title = metric_title(result)
     rows = [
         ("question", printable(result.question)),
         ("answer", printable(result.answer)),
-        ("clean", f"P(answer) = {result.high_score:.4g}"),
-        ("corrupted", f"P(answer) = {result.low_score:.4g}{spread} over {samples} sample{many}"),
+        ("clean", f"{title} = {result.high_score:.4g}"),
+        ("corrupted", f"{title} = {result.low_score:.4g}{spread} over {samples} sample{many}"),
     ]
     if seconds is not None:
         how = "{backend}, {dtype}, threads: {threads}".format_map(result.settings)
@@ -60,29 +63,32 @@ def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
 
 def render_map(result: TraceResult, stack: str, kind: str) -> Text:
     """One map, as `TraceResult.view` cuts it: a row for each token or head, a column for each layer;
-    hundredths of P(answer), or of a power of ten where all of them are small."""
+    hundredths of the metric, or of a power of ten where all of them are small, or whole numbers where some
+    are large."""
     grid, rows, where = result.view(stack, kind)
-    peak = max(float(grid.max()), result.high_score)
+    peak = max(float(grid.abs().max()), abs(result.high_score))
     exponent = 0 if peak >= 0.1 else max(-30, math.floor(math.log10(max(peak, 1e-30)))) + 1
     unit = f", in units of 1e{exponent}" if exponent else ""
-    low, high = result.color_range(stack, kind)
-
-    def share(p: float) -> float:
-        return ((high - p) if result.noising else (p - low)) / (high - low)
+    decimals = 2 if peak < 100 else 0
+    texts = [[f"{value / 10.0**exponent:.{decimals}f}" for value in row] for row in grid.tolist()]
+    width = max(len(text) for row in texts for text in row)
+    none, most = result.color_range(stack, kind)
+    shares = ((grid - none) / (most - none)).tolist()
 
     labels = [printable(label) for label in rows]
     label_width = min(MAX_LABEL, max(map(cell_len, labels)))
+    state = "corrupted" if result.noising else "restored"
     text = Text()
     text.append(f"{stack}, {kind}{printable(where)}", style="bold")
-    text.append(f": P(answer) with that state {'corrupted' if result.noising else 'restored'}{unit}\n")
+    text.append(f": {metric_title(result)} with that state {state}{unit}\n")
     text.append(" " * (label_width + 1))
     for layer in range(grid.shape[1]):
-        text.append(f"{layer:>4}  ", style="dim")
-    for label, row in zip(labels, grid.tolist(), strict=True):
+        text.append(f"{layer:>{width}}  ", style="dim")
+    for label, numbers, row in zip(labels, texts, shares, strict=True):
         text.append("\n" + " " * max(0, label_width - cell_len(label)))
         text.append(set_cell_size(label, min(label_width, cell_len(label))) + " ")
-        for p in row:
-            text.append(f" {p / 10.0**exponent:.2f} ", style=_shade(stack, share(p)))
+        for number, share in zip(numbers, row, strict=True):
+            text.append(f" {number:>{width}} ", style=_shade(stack, share))
     return text
 
 
@@ -95,17 +101,19 @@ def _shade(stack: str, share: float) -> Style:
 
 
 def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STRONGEST) -> Table:
-    """The cells of a map with the largest effects."""
+    """The cells of a map with the largest effects: those that bring most of the answer back or, in
+    noising, take most of it away."""
     grid = result.grid(stack, kind)  # [tokens, layers] or [heads, tokens, layers]
     shares = result.normalized(stack, kind)
     labels, places = result.tokens(stack), result.positions[stack]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("strongest")
     table.add_column("layer", justify="right")
-    table.add_column("P(answer)", justify="right")
+    table.add_column(metric_title(result), justify="right")
     table.add_column("of the total effect", justify="right")
-    effects = result.indirect_effect(stack, kind)
-    for cell in effects.flatten().argsort(descending=True)[:count].tolist():
+    effects = result.indirect_effect(stack, kind).flatten()
+    rises = not METRICS[result.metric].falls
+    for cell in effects.argsort(descending=rises)[:count].tolist():
         rows, layer = divmod(cell, grid.shape[-1])
         head, token = divmod(rows, grid.shape[-2])
         share = float(shares.flatten()[cell])
@@ -119,8 +127,3 @@ def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STR
             "-" if math.isnan(share) else f"{100 * share:.0f} %",
         )
     return table
-
-
-def printable(text: str) -> str:
-    """Without line breaks and control characters: words of a model's vocabulary are not to be trusted."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import PIL.Image
 import torch
 from torch import Tensor
-from transformers import BlipForQuestionAnswering
 
-from . import __version__, cost, engine, hooks
-from .corruption import Corruption, Edit, GaussianNoise, InputCorruption, Original, corrupt
+from . import __version__, engine, hooks
+from .attribution import Screen, Screened, estimate, screen
+from .corruption import Corruption, GaussianNoise, InputCorruption
 from .inputs import Inputs
-from .lowering.blip import lower
+from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
+from .metrics import METRICS, Measured, check_foil, check_metrics, measure_all
 from .ops import OpSet, get_ops, native_unavailable_reason
-from .program import PatchEmbedding, Program
+from .prepare import Asked, EngineVision, HooksVision, Preparer, Vision
+from .program import Program
+from .request import Grid, Options, Request, check_request
 from .result import Restored, TraceResult
-from .sites import (
-    DIRECTIONS,
-    HEAD_KINDS,
-    Cell,
-    Site,
-    check_cells,
-    check_maps,
-    check_names,
-    check_tokens,
-    grid_cells,
-)
+from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
@@ -43,26 +33,12 @@ Progress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1."""
 
 BACKENDS = ("auto", "native", "reference", "hooks")
-CACHED_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A checked question: pixels [1, 3, H, W], question_ids [T], answer_ids [A] or None."""
-
-    pixels: Tensor
-    question_ids: Tensor
-    answer_ids: Tensor | None
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Tokens of each text stack."""
-        answer = 1 if self.answer_ids is None else len(self.answer_ids)
-        return {"text_encoder": len(self.question_ids), "text_decoder": answer}
+UNCORRUPTED: Literal["none"] = "none"
 
 
 class Tracer:
-    """Traces which states of a BLIP question answerer carry its answer.
+    """Traces which states of a BLIP carry what it says: an answer (`BlipForQuestionAnswering`), a caption
+    (`BlipForConditionalGeneration`), or that a text fits an image (`BlipForImageTextRetrieval`).
 
     Weights are read once, when the tracer is made; dropout is off.
 
@@ -73,20 +49,21 @@ class Tracer:
     for rounding.
 
     Raises ValueError for an unknown backend, for weights that are not finite and for a model that cannot be
-    expressed, TypeError for a model that is no `BlipForQuestionAnswering`, and `BackendUnavailableError`
+    expressed, TypeError for another model, and `BackendUnavailableError`
     (a RuntimeError) where "native" was asked for but not built.
     """
 
     def __init__(
         self,
-        model: BlipForQuestionAnswering,
+        model: Blip,
         processor: Any = None,
         backend: Backend = "auto",
         memory: int = engine.DEFAULT_MEMORY,
     ) -> None:
         check_names("backend", [backend], BACKENDS)
-        if not isinstance(model, BlipForQuestionAnswering):
-            raise TypeError(f"only BlipForQuestionAnswering can be traced, not {type(model).__name__}")
+        if not isinstance(model, MODELS):
+            known = " and ".join(kind.__name__ for kind in MODELS)
+            raise TypeError(f"only {known} can be traced, not {type(model).__name__}")
         if model.device.type != "cpu":
             raise ValueError(f"the model is on {model.device}: this version traces on the CPU")
         if memory < 2**20:
@@ -98,8 +75,8 @@ class Tracer:
         self.processor = processor
         self.memory = memory
         self.backend = _choose_backend(backend)
-        self._inputs = Inputs(model.config, processor)
-        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._inputs = Inputs(model.config, processor, self.program.task)
+        self._preparer = Preparer(model, self.program, self._inputs)
 
     @classmethod
     def from_pretrained(
@@ -110,7 +87,7 @@ class Tracer:
         backend: Backend = "auto",
         memory: int = engine.DEFAULT_MEMORY,
     ) -> Tracer:
-        """Load a `BlipForQuestionAnswering` and its processor: safetensors only, no remote code.
+        """Load a BLIP and its processor: safetensors only, no remote code.
 
         dtype: "float32", or "bfloat16" (weights and matrix products in bfloat16; softmax, LayerNorm, sums and
         scores in float32).
@@ -141,42 +118,62 @@ class Tracer:
         """The ops that the engine calls."""
         return get_ops(self.backend)
 
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The names of the model's stacks, in the order of computation."""
+        return tuple(self.program.stacks)
+
     def trace(
         self,
         image: Image,
         question: str | Tensor,
         answer: str | int | None = None,
         corruption: Corruption | None = None,
-        stacks: Sequence[str] = ("text_encoder", "text_decoder"),
+        stacks: Sequence[str] | None = None,
         kinds: Sequence[str] = ("hidden",),
         window: int = 1,
         progress: Progress | None = None,
-        tokens: Mapping[str, Sequence[int]] | None = None,
-        direction: str = "denoise",
+        *,
+        foil: str | int | None = None,
+        **options: Unpack[Options],
     ) -> TraceResult:
         """Map, for every layer x token x kind of state, how much of the answer returns when that state of the
         corrupted run is put back to its clean value (causal tracing: Meng et al. 2022; for BLIP: Palit et al.
         2023).
 
         image: a PIL image, a path, or pixel_values [1, 3, H, W]; its encoding is cached across calls.
-        question: a string, or input_ids [1, T]; padding at the end is ignored.
+        question: a string, or input_ids [1, T]; padding at the end is ignored. Of a captioning model: what
+        the
+            caption begins with, perhaps nothing. Of a matching one: the text to match.
         answer: None for the first token of the model's own clean answer; a string, whose tokens are
-            teacher-forced and scored by their joint probability; or a token id.
+            teacher-forced and scored by their joint probability; or a token id. Of a matching model: "match"
+            (unless given) or "no match".
         corruption: what corrupts the image embeddings: an object of `blip_trace.corruption`, or a callable
             from [N, D] to [S, N, D]; `GaussianNoise()` (ten samples) unless given.
-        stacks, kinds: which maps to make; kinds as in the table of the README.
+        stacks, kinds: which maps to make, of all text stacks unless given; kinds as in the table of the
+        README.
+            The vision stack's patches can
+            be restored where the corruption comes before them: noise on pixels or patches, another image, a
+            region hidden.
         window: how many consecutive layers a cell restores, centred on its own.
         progress: called with the share of the work done.
-        tokens: for a stack, the tokens whose states are restored, from 0 or from -1 backwards; all of them in
-            a stack that is not named. Maps of heads have many cells: those of the last token alone are
-            `tokens={"text_encoder": [-1]}`.
-        direction: "denoise", or "noise": corrupted states are put into the clean run, and what a cell shows
-            is how much of the answer that leaves.
+        foil: for the metric logit_difference, the answer to compare with: at the first token where the two
+            part.
+        options: tokens, direction, metrics, sever, patch_group: see `blip_trace.request.Options`.
 
         Raises ValueError or TypeError, in one sentence, for inputs that cannot be traced.
         """
+        foils = None if foil is None else [foil]
         return self.trace_batch(
-            [(image, question)], [answer], corruption, stacks, kinds, window, progress, tokens, direction
+            [(image, question)],
+            [answer],
+            corruption,
+            stacks,
+            kinds,
+            window,
+            progress,
+            foils=foils,
+            **options,
         )[0]
 
     def trace_batch(
@@ -184,39 +181,37 @@ class Tracer:
         pairs: Sequence[tuple[Image, str | Tensor]],
         answers: Sequence[str | int | None] | None = None,
         corruption: Corruption | None = None,
-        stacks: Sequence[str] = ("text_encoder", "text_decoder"),
+        stacks: Sequence[str] | None = None,
         kinds: Sequence[str] = ("hidden",),
         window: int = 1,
         progress: Progress | None = None,
-        tokens: Mapping[str, Sequence[int]] | None = None,
-        direction: str = "denoise",
+        *,
+        foils: Sequence[str | int] | None = None,
+        **options: Unpack[Options],
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
-        that of `trace` on its pair. Arguments as there; `answers` has one for each pair."""
-        corruption = self._check_corruption(corruption, direction)
-        answers = [None] * len(pairs) if answers is None else answers
-        if len(answers) != len(pairs):
-            raise ValueError(f"{len(pairs)} questions but {len(answers)} answers")
-        stacks, kinds = check_maps(stacks, kinds, window)
-        check_names("stack", list(tokens or stacks), stacks)
-
-        tasks, cuts = [], []
-        asked = [self._ask(*pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
-        for inputs in asked:
-            lengths = inputs.lengths
-            chosen = {stack: check_tokens((tokens or {}).get(stack), lengths[stack]) for stack in stacks}
-            grids = self._grids(stacks, kinds, window, chosen)
-            cells = tuple(cell for grid in grids.values() for cell in grid)
-            task, note = self._task(inputs, corruption, cells, direction)
+        that of `trace` on its pair. Arguments as there; `answers` and `foils` have one for each pair."""
+        stacks = self.stacks[1:] if stacks is None else stacks
+        request = check_request(self.stacks, stacks, kinds, window, foils, **options)
+        tasks, known = [], []
+        for asked in self._ask_all(pairs, answers, foils):
+            grids = request.grids(self._preparer.shapes(asked))
+            cells = tuple(cell for grid in grids.values() for cell in grid.cells)
+            task, note = self._task(
+                asked,
+                _checked_corruption(corruption),
+                cells,
+                request.direction,
+                request.vocabulary,
+                patches="vision" in request.stacks,
+            )
             tasks.append(task)
-            cuts.append((grids, chosen, note))
-        scores = self._score(tasks, progress)
-
-        settings = {**self._settings(corruption), "window": window, "direction": direction}
+            known.append((asked, grids, note))
+        settings = {**self._settings(_checked_corruption(corruption)), **request.settings()}
         return [
-            self._result(question, task, grids, chosen, own, {**settings, "corrupted": note})
-            for (_, question), task, own, (grids, chosen, note) in zip(
-                pairs, tasks, scores, cuts, strict=True
+            self._result(question, asked, request, grids, found, {**settings, "corrupted": note})
+            for (_, question), found, (asked, grids, note) in zip(
+                pairs, self._measure(tasks, request, progress), known, strict=True
             )
         ]
 
@@ -226,137 +221,96 @@ class Tracer:
         question: str | Tensor,
         cells: Sequence[Cell | Site | Iterable[Site]],
         answer: str | int | None = None,
-        corruption: Corruption | None = None,
+        corruption: Corruption | Literal["none"] | None = None,
         direction: str = "denoise",
         progress: Progress | None = None,
+        metrics: Sequence[str] = ("probability",),
+        foil: str | int | None = None,
     ) -> Restored:
-        """P(answer) with any sets of states put back, in one pass: what other tools build on.
+        """The answer with any sets of states put back, in one pass: what other tools build on.
 
         cells: each a `Cell`, a `Site` or several sites, which are restored together in a run of their own, in
-        any stack, layer, kind, token and head (`Cell.each` makes many from arrays). Equal cells are computed
-        once. Everything else as in `trace`.
+        any stack, layer, kind, token and head (`Cell.each` makes many from arrays). A cell may also keep
+        sites frozen as they are in the run that is changed, and lack edges of attention (`Cell.knockout`).
+        Equal cells are computed once. corruption: as in `trace`, or "none": all runs start from the clean
+        input, and what cells change is what they cut. metrics, foil: as in `trace`. Everything else likewise.
 
-        Raises ValueError for an empty list, an empty cell, and a site that this question or model does not
-        have.
+        Raises ValueError for an empty list, an empty cell, and a site or an edge that this question or model
+        does not have.
         """
-        corruption = self._check_corruption(corruption, direction)
-        inputs = self._ask(image, question, answer)
-        config = self.model.config.text_config
-        checked = check_cells(cells, inputs.lengths, config.num_hidden_layers, config.num_attention_heads)
-        distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
-        task, note = self._task(inputs, corruption, tuple(distinct), direction)
-        (scores,) = self._score([task], progress)
-        log_probs = scores.restored[:, [distinct[cell] for cell in checked]]  # [S, cells, A]
-        return Restored(
-            scores=log_probs.sum(-1).exp().float(),
-            token_log_probs=log_probs.double(),
-            low_scores=scores.corrupted.sum(-1).exp().float(),
-            high_score=float(scores.clean.sum().exp()),
-            question=self._question_text(question, task),
-            answer=self._inputs.text(scores.answer_ids.tolist()),
-            answer_ids=tuple(scores.answer_ids.tolist()),
-            settings={**self._settings(corruption), "direction": direction, "corrupted": note},
-        )
-
-    @staticmethod
-    def _check_corruption(corruption: Corruption | None, direction: str) -> Corruption:
         check_names("direction", direction, DIRECTIONS)
-        corruption = GaussianNoise() if corruption is None else corruption
-        if not callable(corruption) and not isinstance(corruption, InputCorruption):
-            raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
-        return corruption
-
-    def _ask(self, image: Image, question: str | Tensor, answer: str | int | None) -> _Asked:
-        return _Asked(
-            self._inputs.pixels(image), self._inputs.question_ids(question), self._inputs.answer_ids(answer)
+        metrics = check_metrics(metrics, foil)
+        clean = isinstance(corruption, str) and corruption == UNCORRUPTED
+        applied = None if clean else _checked_corruption(corruption)  # type: ignore[arg-type]
+        (asked,) = self._ask_all([(image, question)], [answer], None if foil is None else [foil])
+        checked = check_cells(cells, self._preparer.shapes(asked))
+        distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
+        stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
+        vocabulary = any(METRICS[metric].vocabulary for metric in metrics)
+        task, note = self._task(
+            asked, applied, tuple(distinct), direction, vocabulary, patches="vision" in stacks
         )
+        (scores,) = self._score([task], progress)
+        places = [distinct[cell] for cell in checked]
+        patched = {name: read[:, places] for name, read in scores.patched.items()}
+        measured = measure_all(metrics, scores.clean, scores.corrupted, patched)
+        joined, low, high = measured[metrics[0]].joined(metrics[0], None)
+        return Restored(
+            scores=joined,
+            low_scores=low,
+            high_score=high,
+            question=self._question_text(question, asked),
+            answer=self._inputs.answer_text(scores.answer_ids.tolist()),
+            answer_ids=tuple(scores.answer_ids.tolist()),
+            settings={**self._settings(applied), "direction": direction, "corrupted": note},
+            metric=metrics[0],
+            answer_token=None,
+            measured=measured,
+        )
+
+    def _ask_all(
+        self,
+        pairs: Sequence[tuple[Image, str | Tensor]],
+        answers: Sequence[str | int | None] | None,
+        foils: Sequence[str | int] | None,
+    ) -> list[Asked]:
+        for what, given in (("answers", answers), ("foils", foils)):
+            if given is not None and len(given) != len(pairs):
+                raise ValueError(f"{len(pairs)} questions but {len(given)} {what}")
+        inputs = self._inputs
+        asked = []
+        for number, (image, question) in enumerate(pairs):
+            answer = inputs.answer_ids(None if answers is None else answers[number])
+            foil = None if foils is None else inputs.answer_ids(foils[number])
+            if foils is not None and foil is None:
+                raise ValueError("a foil is an answer, not None")
+            if answer is not None and foil is not None:
+                check_foil(answer, foil)
+            asked.append(Asked(inputs.pixels(image), inputs.text_ids(question, answer), answer, foil))
+        return asked
 
     def _task(
-        self, asked: _Asked, corruption: Corruption, cells: tuple[Cell, ...], direction: str
+        self,
+        asked: Asked,
+        corruption: Corruption | None,
+        cells: tuple[Cell, ...],
+        direction: str,
+        vocabulary: bool,
+        *,
+        patches: bool,
     ) -> tuple[engine.Task, str]:
-        """What the engine is given, and what the corruption says it changed."""
-        clean = self._image_states(asked.pixels)
-        made = corrupt(corruption, self._original(asked.pixels, asked.question_ids, clean))
-        task = engine.Task(
-            asked.question_ids, asked.answer_ids, clean, made.images, cells, direction, made.words
+        return self._preparer.task(
+            self._vision, asked, corruption, cells, direction, vocabulary, patches=patches
         )
-        return task, made.note
-
-    def _question_text(self, question: str | Tensor, task: engine.Task) -> str:
-        return question if isinstance(question, str) else self._inputs.text(task.question_ids.tolist())
-
-    def _grids(
-        self, stacks: Sequence[str], kinds: Sequence[str], window: int, tokens: Mapping[str, Sequence[int]]
-    ) -> dict[tuple[str, str], list[Cell]]:
-        config = self.model.config.text_config
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        return {
-            (stack, kind): grid_cells(stack, kind, tokens[stack], layers, window, heads)
-            for stack in stacks
-            for kind in kinds
-        }
-
-    def _image_states(self, pixels: Tensor) -> Tensor:
-        """Image embeddings [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
-        key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
-        if key not in self._states:
-            states = self._encode(pixels, None)[0]
-            if not bool(torch.isfinite(states).all()):
-                raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
-            self._states[key] = states
-            while len(self._states) > CACHED_IMAGES:
-                self._states.popitem(last=False)
-        self._states.move_to_end(key)
-        return self._states[key]
-
-    def _encode(self, pixels: Tensor, edit: Edit | None) -> Tensor:
-        """Image embeddings [S, N, D] of pixel values [S, 3, H, W], as many at once as memory allows."""
-        states = []
-        for first in range(0, len(pixels), self._images_at_once):
-            samples = slice(first, first + self._images_at_once)
-            part = pixels[samples].float()
-
-            change = None if edit is None else _for_samples(edit, samples)
-            if self.backend == "hooks":
-                states.append(hooks.encode_images(self.model, part, change))
-            else:
-                states.append(engine.encode_images(self.program, self.ops, part, change))
-        return torch.cat(states)
 
     @property
-    def _images_at_once(self) -> int:
+    def _vision(self) -> Vision:
         if self.backend == "hooks":
-            return 1
-        image = self.program.image
-        assert isinstance(image.embedding, PatchEmbedding)
-        return max(1, self.memory // (len(image.embedding.positions) * cost.row_bytes(image)))
+            return HooksVision(self.model)
+        return EngineVision(self.program, self.ops, self.memory)
 
-    @property
-    def _word_table(self) -> Tensor:
-        table: Tensor = self.model.text_encoder.embeddings.word_embeddings.weight
-        return table.detach()
-
-    @cached_property
-    def _words_std(self) -> float:
-        """Of all word embeddings; a pass over the whole table, which only noise in multiples of it needs."""
-        return float(self._word_table.float().std())
-
-    def _original(self, pixels: Tensor, ids: Tensor, states: Tensor) -> Original:
-        """What a corruption may know of a question."""
-        table = self._word_table
-        return Original(
-            pixels=pixels,
-            states=states,
-            ids=ids,
-            words=table[ids],
-            words_std=lambda: self._words_std,
-            labels=self._inputs.labels(ids.tolist()),
-            encode=self._encode,
-            image=self._inputs.pixels,
-            question=self._inputs.question_ids,
-            embed=lambda other: table[other],
-            find=lambda phrase: self._inputs.find(phrase, ids),
-        )
+    def _question_text(self, question: str | Tensor, asked: Asked) -> str:
+        return question if isinstance(question, str) else self._inputs.text(asked.text_ids.tolist())
 
     def _score(self, tasks: Sequence[engine.Task], progress: Progress | None) -> list[engine.Scores]:
         if not tasks:
@@ -367,43 +321,92 @@ class Tracer:
             return hooks.score(self.model, tasks, report)
         return engine.score(self.program, self.ops, tasks, self.memory, report)
 
+    def _measure(
+        self, tasks: Sequence[engine.Task], request: Request, progress: Progress | None
+    ) -> list[Screened]:
+        """What was asked for, by the method asked for."""
+
+        def exactly(
+            tasks: Sequence[engine.Task], progress: Progress | None = None
+        ) -> list[tuple[Tensor, dict[str, Measured]]]:
+            return [
+                (own.answer_ids, measure_all(request.metrics, own.clean, own.corrupted, own.patched))
+                for own in self._score(tasks, progress)
+            ]
+
+        def all_cells(task: engine.Task, *, exact: bool) -> Tensor:
+            return torch.full((len(task.cells),), exact)
+
+        method = request.method
+        if method is None:
+            found = exactly(tasks, progress)
+            return [
+                Screened(*own, all_cells(task, exact=True)) for task, own in zip(tasks, found, strict=True)
+            ]
+        made = []
+        for number, task in enumerate(tasks):
+            if isinstance(method, Screen):
+                made.append(
+                    screen(self.model, task, request.metrics, method, lambda part: exactly([part])[0])
+                )
+            else:
+                own = estimate(self.model, task, request.metrics, method.steps)
+                made.append(Screened(*own, all_cells(task, exact=False)))
+            if progress is not None:
+                progress((number + 1) / len(tasks))
+        return made
+
     def _result(
         self,
         question: str | Tensor,
-        task: engine.Task,
-        grids: Mapping[tuple[str, str], Sequence[Cell]],
-        chosen: Mapping[str, Sequence[int]],
-        scores: engine.Scores,
-        settings: Mapping[str, Any],
+        asked: Asked,
+        request: Request,
+        grids: Mapping[tuple[str, str], Grid],
+        found: Screened,
+        settings: dict[str, Any],
     ) -> TraceResult:
-        restored = scores.restored.sum(-1).exp().float()  # [S, cells]: joint over the answer's tokens
-        config = self.model.config.text_config
-        maps = {}
+        answer_ids = found.answer_ids.tolist()
+        if found.rank_correlation is not None:
+            settings["screen"] = {"rank_correlation": found.rank_correlation, "missed": found.missed}
+        ids = self._token_ids(asked, answer_ids)
+        stack_tokens, positions, maps, exact = {}, {}, {}, {}
         first = 0
-        for (stack, kind), cells in grids.items():
-            part = restored[:, first : first + len(cells)]
-            heads = (config.num_attention_heads,) if kind in HEAD_KINDS else ()
-            shape = (*heads, len(chosen[stack]), config.num_hidden_layers)
-            maps[stack, kind] = part.unflatten(1, shape).clone()
-            first += len(cells)
-        answer_ids = scores.answer_ids.tolist()
-        labels = {
-            "text_encoder": self._inputs.labels(task.question_ids.tolist()),
-            "text_decoder": self._inputs.labels([self.model.decoder_start_token_id, *answer_ids[:-1]]),
-        }
-        return TraceResult(
+        for (stack, kind), grid in grids.items():
+            labels = grid.labels or tuple(self._inputs.labels([ids[stack][t] for t in grid.positions]))
+            stack_tokens[stack], positions[stack] = labels, grid.positions
+            samples = len(found.measured[request.metrics[0]].low)
+            maps[stack, kind] = torch.empty(samples, *grid.shape)
+            exact[stack, kind] = found.exact[first : first + len(grid.cells)].view(grid.shape)
+            first += len(grid.cells)
+        unset = TraceResult(
             restored=maps,
-            low_scores=scores.corrupted.sum(-1).exp().float(),
-            high_score=float(scores.clean.sum().exp()),
-            positions={stack: tuple(tokens) for stack, tokens in chosen.items()},
-            stack_tokens={stack: tuple(labels[stack][t] for t in tokens) for stack, tokens in chosen.items()},
-            question=self._question_text(question, task),
-            answer=self._inputs.text(answer_ids),
+            low_scores=torch.empty(0),
+            high_score=0.0,
+            positions=positions,
+            stack_tokens=stack_tokens,
+            question=self._question_text(question, asked),
+            answer=self._inputs.answer_text(answer_ids),
             answer_ids=tuple(answer_ids),
             settings=settings,
+            measured=found.measured,
+            exact=None if bool(found.exact.all()) else exact,
+            picture=self._inputs.picture(asked.pixels) if "vision" in request.stacks else None,
         )
+        return unset.by(request.metrics[0])
 
-    def _settings(self, corruption: Corruption) -> dict[str, Any]:
+    def _token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
+        """The tokens of each text stack."""
+        text, begun = asked.text_ids.tolist(), list(answer_ids[:-1])
+        match self.program.task:
+            case "answer":
+                inputs = [text, [self.program.start_token, *begun]]
+            case "continue":
+                inputs = [[*text, *begun]]
+            case "match":
+                inputs = [text]
+        return {stack.name: ids for stack, ids in zip(self.program.texts, inputs, strict=True)}
+
+    def _settings(self, corruption: Corruption | None) -> dict[str, Any]:
         return {
             "blip_trace": __version__,
             "torch": torch.__version__,
@@ -413,12 +416,15 @@ class Tracer:
             "threads": torch.get_num_threads(),
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "image_processor": self._inputs.image_processor,
-            "corruption": repr(corruption),
+            "corruption": UNCORRUPTED if corruption is None else repr(corruption),
         }
 
 
-def _for_samples(edit: Edit, samples: slice) -> Callable[[Tensor], Tensor]:
-    return lambda embedded: edit(embedded, samples)
+def _checked_corruption(corruption: Corruption | None) -> Corruption:
+    corruption = GaussianNoise() if corruption is None else corruption
+    if not callable(corruption) and not isinstance(corruption, InputCorruption):
+        raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
+    return corruption
 
 
 def _choose_backend(backend: Backend) -> Literal["native", "reference", "hooks"]:

@@ -194,8 +194,9 @@ def test_ctrl_c(tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pyt
     """A real signal, in the middle of the work."""
     whole = Tracer.trace
 
-    def interrupted(*arguments: Any) -> TraceResult:
-        return whole(*arguments[:8], progress=lambda share: signal.raise_signal(signal.SIGINT))
+    def interrupted(*arguments: Any, **options: Any) -> TraceResult:
+        options["progress"] = lambda share: signal.raise_signal(signal.SIGINT)
+        return whole(*arguments, **options)
 
     monkeypatch.setattr(Tracer, "trace", interrupted)
     result = trace(tiny_folder, image, tmp_path / "out")

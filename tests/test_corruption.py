@@ -61,7 +61,7 @@ def test_a_clean_image_is_projected_once_for_all_runs(monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine, "_run", lambda *args: plans.append(args[3]) or run(*args))
     tracer("native").trace(IMAGE, QUESTION, corruption=CORRUPTIONS["token noise"])
     tracer("native").trace(IMAGE, QUESTION, corruption=CORRUPTIONS["resample"])
-    sets = [len(plan.question.steps[1].state_starts) - 1 for plan in plans]
+    sets = [len(plan.stacks[0].steps[1].state_starts) - 1 for plan in plans]
     assert sets == [1, 4]
 
 
@@ -119,9 +119,9 @@ def test_many_noisy_images_are_encoded_a_few_at_a_time(monkeypatch: pytest.Monke
     noise = blip_trace.PatchNoise(std=1.0, samples=9)
     together = tracer("native").trace(IMAGE, QUESTION, corruption=noise)
     sizes = []
-    encode = engine.encode_images
-    monkeypatch.setattr(engine, "encode_images", lambda *args: sizes.append(len(args[2])) or encode(*args))
+    encode = engine.encode_image
+    monkeypatch.setattr(engine, "encode_image", lambda *args: sizes.append(len(args[2])) or encode(*args))
     small = Tracer.from_pretrained(blip_trace.shipped_model(), backend="native", memory=2**20)
     parts = small.trace(IMAGE, QUESTION, corruption=noise)
-    assert sizes == [1, 4, 4, 1]  # the clean one, then the samples
+    assert sizes == [4, 4, 1, 1]  # the samples, then the clean one
     assert largest_difference(parts, together) <= TOLERANCE

@@ -141,8 +141,8 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     [
         (lambda f: edit_json(f / "config.json", model_type="vilt"), "its model_type is 'vilt'"),
         (
-            lambda f: edit_json(f / "config.json", architectures=["BlipForConditionalGeneration"]),
-            "is a BlipForConditionalGeneration: only BlipForQuestionAnswering",
+            lambda f: edit_json(f / "config.json", architectures=["BlipModel"]),
+            "is a BlipModel: only BlipForQuestionAnswering",
         ),
         (lambda f: (f / "config.json").write_text("{"), "no JSON"),
         (lambda f: (f / "config.json").write_text("[" * 100_000), "no JSON"),

@@ -110,7 +110,22 @@ for name, heads, size_of_head, lengths in [
         @case("self_attention", f"{name}{'-causal' * causal}")
         def _self(a: Any = (heads, size_of_head, lengths, causal)) -> tuple[Any, ...]:
             heads, size, lengths, causal = a
-            return matrix(sum(lengths), 3 * heads * size), starts(lengths), heads, causal
+            return matrix(sum(lengths), 3 * heads * size), starts(lengths), None, heads, causal
+
+
+for name, heads, size_of_head, lengths, prefixes in [
+    # the first run's beginning before three others, nothing before the fifth
+    ("shared-beginnings", 3, 5, [9, 1, 4, 8, 9], [(0, 0), (0, 8), (0, 5), (0, 1), (0, 0)]),
+    ("long-beginning", 2, 32, [577, 3, 0], [(0, 0), (0, 574), (0, 12)]),
+    ("long-runs", 2, 64, [600, 580], [(0, 0), (0, 20)]),
+]:
+    for causal in (False, True):
+
+        @case("self_attention", f"{name}{'-causal' * causal}")
+        def _shared(a: Any = (heads, size_of_head, lengths, prefixes, causal)) -> tuple[Any, ...]:
+            heads, size, lengths, prefixes, causal = a
+            before = torch.tensor(prefixes, dtype=torch.int32)
+            return matrix(sum(lengths), 3 * heads * size), starts(lengths), before, heads, causal
 
 
 for name, heads, size_of_head, width, queries, states in [
@@ -266,7 +281,10 @@ def test_native_ops_are_the_compiled_ones(native: ops.OpSet) -> None:
         ("linear_add_norm", {4: torch.arange(7)}, "residual_rows must be a contiguous vector of int32"),
         ("self_attention", {1: int32([0, 5])}, "starts must run from 0 to 147, but it runs from 0 to 5"),
         ("self_attention", {1: int32([0, 9, 5, 147])}, "starts must not fall, but 9 is followed by 5"),
-        ("self_attention", {2: 4}, "does not hold queries, keys and values of 4 heads"),
+        ("self_attention", {3: 4}, "does not hold queries, keys and values of 4 heads"),
+        ("self_attention", {2: int32([0, 5])}, r"prefixes must be contiguous int32 \[5, 2\]"),
+        ("self_attention", {2: int32([0, 0] * 4 + [147, 1]).view(5, 2)}, "1 rows from 147 on, is not within"),
+        ("self_attention", {2: int32([0, 0] * 4 + [-1, 1]).view(5, 2)}, "1 rows from -1 on, is not within"),
         ("cross_attention", {5: int32([0, 0, 5, 9, 10, 155])}, "group 0 has query rows but no states"),
         ("cross_attention", {5: int32([0, 155])}, "query_starts marks 5 groups and state_starts 1"),
         ("token_logits", {3: torch.full((7, 1), 45)}, "token 45 is out of range for a vocabulary of 45"),

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import BlipForQuestionAnswering
 
 from blip_trace import GaussianNoise, Tracer, TraceResult, engine, hooks, reference
+from blip_trace.embedding import embed_patches
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
 from blip_trace.scenes import Question, questions, random_scene
-from blip_trace.sites import HEAD_KINDS, KINDS, grid_cells
+from blip_trace.sites import HEAD_KINDS, KINDS, Shape, grid_cells
 
 STACKS = ("text_encoder", "text_decoder")
 TOLERANCE = 1e-5
@@ -218,18 +219,25 @@ def test_float64_agrees_to_rounding() -> None:
     processor = tracer("hooks").processor
     pixels = processor.image_processor(IMAGE, return_tensors="pt").pixel_values.double()
     ids = processor.tokenizer(ask("color").text, return_tensors="pt").input_ids[0]
-    cells = [cell for kind in KINDS for cell in grid_cells("text_encoder", kind, range(len(ids)), 4, 1, 4)]
-    cells += [cell for kind in KINDS for cell in grid_cells("text_decoder", kind, range(1), 4, 1, 4)]
-    clean = hooks.encode_images(model, pixels)[0]
+    cells = [
+        cell
+        for stack, tokens, source in (("text_encoder", len(ids), 65), ("text_decoder", 1, len(ids)))
+        for kind in KINDS
+        for cell in grid_cells(stack, kind, [(t,) for t in range(tokens)], Shape(tokens, 4, 4, source, False))
+    ]
+    clean = hooks.encode_image(model, hooks.embed_image(model, pixels))[0]
     task = engine.Task(ids, None, clean, GaussianNoise(samples=2)(clean), tuple(cells))
 
     program = lower(model)
-    assert (engine.encode_images(program, reference, pixels)[0] - clean).abs().max() <= 1e-12
+    assert (
+        engine.encode_image(program, reference, embed_patches(program.image, pixels))[0] - clean
+    ).abs().max() <= 1e-12
     (truth,) = hooks.score(model, [task])
     (ours,) = engine.score(program, reference, [task], memory=2**28)
-    assert truth.restored.dtype == torch.float64
-    assert truth.restored.exp().max() - truth.restored.exp().min() >= 1e-3
-    assert (ours.restored.exp() - truth.restored.exp()).abs().max() <= 1e-12
+    exact, made = (scores.patched["log_probability"].exp() for scores in (truth, ours))
+    assert exact.dtype == torch.float64
+    assert exact.max() - exact.min() >= 1e-3
+    assert (made - exact).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("backend", ENGINES)

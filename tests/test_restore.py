@@ -68,8 +68,9 @@ def test_answers_of_several_tokens_are_joint() -> None:
     restored = tracer("native").restore(
         IMAGE, ask("position").text, some_cells(5), answer="top left", corruption=GaussianNoise(samples=2)
     )
-    assert restored.token_log_probs.shape == (2, 5, 2)
-    torch.testing.assert_close(restored.token_log_probs.sum(-1).exp().float(), restored.scores)
+    assert restored.measured["probability"].cells.shape == (2, 5, 2)
+    first, second = (restored.by("probability", token).scores for token in (0, 1))
+    torch.testing.assert_close(first * second, restored.scores)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_answers_of_several_tokens_are_joint() -> None:
         ([Site("text_encoder", 0, "hidden", -1)], "has no token -1"),
         ([Site("text_decoder", 0, "hidden", 1)], r"text_decoder has no token 1: it has 1"),
         ([Site("text_encoder", 0, "self_attn_head", 0, 2)], "has no head 2"),
-        ([Site("vision", 0, "hidden", 0)], "unknown stack 'vision'"),
+        ([Site("vision", 0, "hidden", 0)], "the vision stack lies before"),
+        ([Site("vision", 0, "cross_attn", 0)], "unknown kind 'cross_attn'"),
         ([Site("text_encoder", 0, "soul", 0)], "unknown kind 'soul'"),
         ([["hidden"]], "a cell is made of sites, not of str"),
     ],

@@ -16,10 +16,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from blip_trace import TraceResult
-from blip_trace.result import FORMAT
+from blip_trace.metrics import Measured
 from blip_trace.terminal import print_trace
+from blip_trace.trace_file import FORMAT
 
 MAP = ("text_encoder", "hidden")
+LAST = ("text_decoder", "hidden")
 
 
 def make(
@@ -42,6 +44,35 @@ def make(
     }
     labels = {"text_encoder": tokens}
     return TraceResult(low_scores=torch.tensor(lows), high_score=high, stack_tokens=labels, **given)
+
+
+def make_measured() -> TraceResult:
+    """Two maps, in the order of computation, by three metrics of an answer of two tokens, and a picture."""
+    generator = torch.Generator().manual_seed(1)
+    samples, cells, tokens = 3, 3 * 4 + 2 * 4, 2
+    measured = {
+        metric: Measured(
+            cells=torch.rand(samples, cells, tokens, generator=generator),
+            low=torch.rand(samples, tokens, generator=generator),
+            high=torch.rand(tokens, generator=generator),
+        )
+        for metric in ("logit_difference", "probability", "rank")
+    }
+    labels = {"text_encoder": ("[CLS]", "what", "?"), "text_decoder": ("[DEC]", "dark")}
+    unset = TraceResult(
+        restored={MAP: torch.zeros(samples, 3, 4), LAST: torch.zeros(samples, 2, 4)},
+        low_scores=torch.zeros(samples),
+        high_score=0.0,
+        stack_tokens=labels,
+        positions={stack: tuple(range(len(names))) for stack, names in labels.items()},
+        question="what ?",
+        answer="dark red",
+        answer_ids=(10, 11),
+        settings={"window": 1},
+        measured=measured,
+        picture=torch.randint(256, (6, 8, 3), dtype=torch.uint8, generator=generator),
+    )
+    return unset.by("probability")
 
 
 def printed(result: TraceResult, **options: Any) -> str:
@@ -70,10 +101,101 @@ def test_numbers_of_a_noising() -> None:
     grid = result.grid(*MAP)
     torch.testing.assert_close(result.indirect_effect(*MAP), 0.9 - grid)
     torch.testing.assert_close(result.normalized(*MAP), (0.9 - grid) / 0.7)
-    low, high = result.color_range(*MAP)
-    assert high == result.high_score
-    assert low == pytest.approx(float(grid.min()))
+    none, most = result.color_range(*MAP)
+    assert none == result.high_score
+    assert most == pytest.approx(float(grid.min()))
     assert "that state corrupted" in printed(result)
+
+
+def test_another_metric_of_the_same_trace() -> None:
+    result = make_measured()
+    for metric, joined in (
+        ("probability", lambda values: values.prod(-1)),
+        ("logit_difference", lambda values: values.sum(-1)),
+        ("rank", lambda values: values.amax(-1)),
+    ):
+        own = result.measured[metric]
+        for token in (None, 0, 1, -1):
+            join = joined if token is None else lambda values, token=token: values[..., token]
+            shown = result.by(metric, token)
+            assert (shown.metric, shown.answer_token) == (metric, token)
+            assert torch.equal(shown.samples(*MAP), join(own.cells)[:, :12].view(3, 3, 4))
+            assert torch.equal(shown.samples(*LAST), join(own.cells)[:, 12:].view(3, 2, 4))
+            assert torch.equal(shown.low_scores, join(own.low))
+            assert shown.high_score == float(join(own.high))
+            torch.testing.assert_close(
+                shown.indirect_effect(*LAST), (shown.samples(*LAST) - join(own.low)[:, None, None]).mean(0)
+            )
+    assert result.by("rank").by("probability").to_dict() == result.to_dict()
+    assert result.to_dict()["metrics"] == ["logit_difference", "probability", "rank"]
+
+
+def test_a_metric_or_a_token_that_is_not_there() -> None:
+    result = make_measured()
+    with pytest.raises(KeyError, match="'logit' was not measured: there are logit_difference, probability"):
+        result.by("logit")
+    for token in (2, -3):
+        with pytest.raises(ValueError, match=f"the answer has no token {token}: it has 2"):
+            result.by("rank", token)
+
+
+def test_colors_run_to_the_largest_effect_of_a_metric_that_falls() -> None:
+    result = make(metric="kl_divergence", lows=(2.0, 3.0), high=0.0)
+    none, most = result.color_range(*MAP)
+    assert none == pytest.approx(2.5)
+    assert most == pytest.approx(float(result.grid(*MAP).min()))
+    noised = make(metric="kl_divergence", lows=(2.0, 3.0), high=0.0, settings={"direction": "noise"})
+    none, most = noised.color_range(*MAP)
+    assert none == 0
+    assert most == pytest.approx(float(noised.grid(*MAP).max()))
+
+
+def test_colors_do_not_blow_up_noise() -> None:
+    flat = torch.full((3, 3, 4), 0.21)
+    for settings, ends in (({}, (0.2, 0.2 + 0.7 / 4)), ({"direction": "noise"}, (0.9, 0.21))):
+        assert make(restored={MAP: flat}, settings=settings).color_range(*MAP) == pytest.approx(ends)
+
+
+def test_errors_and_intervals_are_of_the_effect() -> None:
+    """Not of the metric: samples that start lower end lower too."""
+    lows = (0.1, 0.3, 0.5, 0.2)
+    restored = torch.tensor(lows)[:, None, None].expand(4, 3, 4) + 0.25
+    result = make(lows=lows, restored={MAP: restored})
+    assert result.standard_error(*MAP).max() < 1e-6
+    lower, upper = result.interval(*MAP)
+    torch.testing.assert_close(lower, torch.full((3, 4), 0.25))
+    torch.testing.assert_close(upper, torch.full((3, 4), 0.25))
+    noised = make(lows=lows, restored={MAP: restored}, settings={"direction": "noise"})
+    assert noised.standard_error(*MAP).min() > 0.01
+    with pytest.raises(ValueError, match="a single sample has no interval"):
+        make(lows=(0.1,)).interval(*MAP)
+
+
+def test_maps_are_compared_by_their_effects() -> None:
+    samples = torch.rand(5, 3, 4, generator=torch.Generator().manual_seed(2)) / 2
+    lows = (0.1, 0.2, 0.15, 0.05, 0.1)
+    updates = ("text_encoder", "mlp")
+    one = make(lows=lows, restored={MAP: samples, updates: samples + 0.125}, high=0.9)
+    lifted = tuple(low + 0.25 for low in lows)
+    shifted = make(lows=lifted, restored={MAP: samples + 0.25}, high=0.9)
+
+    same = one.compare(*MAP, shifted)
+    assert same.difference.abs().max() < 1e-6
+    kinds = one.compare(*MAP, other_kind="mlp")
+    torch.testing.assert_close(kinds.difference, torch.full((3, 4), -0.125))
+    assert (kinds.p_value == 2 / 2**5).all()
+    torch.testing.assert_close(
+        one.compare(*MAP, shifted, normalized=True).difference,
+        one.normalized(*MAP) - shifted.normalized(*MAP),
+    )
+    with pytest.raises(ValueError, match="compare with another trace, another kind, or both"):
+        one.compare(*MAP)
+    with pytest.raises(ValueError, match="a vanishing total effect cannot be divided by"):
+        one.compare(*MAP, make(lows=lows, high=0.12), normalized=True)
+    with pytest.raises(ValueError, match="maps of other shapes cannot be compared"):
+        one.compare(*MAP, make())
+    with pytest.raises(KeyError, match="no map of kind 'cross_attn'"):
+        one.compare(*MAP, other_kind="cross_attn")
 
 
 def test_a_map_of_heads(tmp_path: Path) -> None:
@@ -95,6 +217,22 @@ def test_a_map_of_heads(tmp_path: Path) -> None:
         result.view(*heads, token=3)
     with pytest.raises(ValueError, match="no token can be chosen"):
         make().view(*MAP, token=0)
+
+
+def test_of_heads_those_with_the_largest_effect_are_shown_also_by_a_metric_that_falls() -> None:
+    heads = ("text_encoder", "cross_attn_head")
+    samples = torch.full((3, 2, 3, 4), 5.0)  # heads, tokens, layers
+    samples[:, 1, 2, 3] = 0.1  # brings nearly all of the answer back
+    result = make(restored={heads: samples}, metric="kl_divergence", lows=(5.0, 5.0, 5.0), high=0.0)
+    assert result.view(*heads).where == " at '?' (2)"
+    noised = make(
+        restored={heads: 5.1 - samples},
+        metric="kl_divergence",
+        lows=(5.0, 5.0, 5.0),
+        high=0.0,
+        settings={"direction": "noise"},
+    )
+    assert noised.view(*heads).where == " at '?' (2)"
 
 
 @pytest.mark.parametrize(
@@ -145,6 +283,26 @@ def test_round_trip(tmp_path: Path) -> None:
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["maps"]["text_encoder/hidden"]
 
 
+def test_round_trip_of_several_metrics_and_a_picture(tmp_path: Path) -> None:
+    """Also where the file orders the maps in another way than they were computed."""
+    path = tmp_path / "trace.safetensors"
+    result = make_measured().by("logit_difference", 1)
+    result.save(path)
+    loaded = TraceResult.load(path)
+    assert loaded.to_dict() == result.to_dict()
+    assert (loaded.metric, loaded.answer_token) == ("logit_difference", 1)
+    assert loaded.picture is not None
+    assert torch.equal(loaded.picture, result.picture)
+    assert list(loaded.measured) == list(result.measured)
+    for metric in result.measured:
+        for token in (None, 0, 1):
+            own, shown = loaded.by(metric, token), result.by(metric, token)
+            assert own.to_dict() == shown.to_dict()
+            assert torch.equal(own.low_scores, shown.low_scores)
+            for name in (MAP, LAST):
+                assert torch.equal(own.samples(*name), shown.samples(*name))
+
+
 def test_files_that_are_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "trace.safetensors"
     make().save(path)
@@ -165,44 +323,98 @@ def test_files_that_are_no_trace(tmp_path: Path) -> None:
         TraceResult.load(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["none", "no format", "no trace", "json", "type", "field", "places", "low", "shape", "heads", "name"],
-)
-def test_safetensors_that_are_no_trace(tmp_path: Path, change: str) -> None:
-    path = tmp_path / "trace.safetensors"
-    result = make()
+def described(**changes: Any) -> dict[str, Any]:
+    """What changes of the description of a saved trace."""
+    return {"about": changes, "tensors": {}}
+
+
+def stored(**changes: Any) -> dict[str, Any]:
+    """What changes of its tensors; None: it is missing."""
+    return {"about": {}, "tensors": {name.replace("__", "/"): tensor for name, tensor in changes.items()}}
+
+
+def write_changed(path: Path, changes: dict[str, Any], **metadata: str | None) -> None:
+    result = make_measured()
     result.save(path)
-    tensors = load_file(path)
-    metadata = {"format": FORMAT, "trace": json.dumps(result._description())}
-    match change:
-        case "none":
-            save_file(tensors, path, metadata)
-            assert TraceResult.load(path).question == "what ?"
-            return
-        case "no format":
-            del metadata["format"]
-        case "no trace":
-            del metadata["trace"]
-        case "json":
-            metadata["trace"] = "{"
-        case "type":
-            metadata["trace"] = "[]"
-        case "field":
-            metadata["trace"] = json.dumps({**result._description(), "tokens": 3})
-        case "places":
-            places = {"text_encoder": [0]}
-            metadata["trace"] = json.dumps({**result._description(), "positions": places})
-        case "heads":
-            tensors["text_encoder/mlp"] = torch.zeros(3, 2, 3, 4)  # a map without heads that has some
-        case "low":
-            del tensors["low_scores"]
-        case "shape":
-            tensors["text_encoder/hidden"] = torch.zeros(2, 5)
-        case "name":
-            tensors["text_decoder/hidden"] = torch.zeros(3, 1, 4)  # its tokens have no labels
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="no saved trace"):
+    tensors = {**load_file(path), **changes["tensors"]}
+    about = json.dumps({**result.description(), **changes["about"]})
+    given = {"format": FORMAT, "trace": about, **metadata}
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        path,
+        {name: text for name, text in given.items() if text is not None},
+    )
+
+
+def test_what_the_broken_files_are_made_from_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    for unchanged in (described(), stored(picture=None)):
+        write_changed(path, unchanged)
+        assert TraceResult.load(path).question == "what ?"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": None},
+        {"format": "blip_trace.TraceResult/2"},
+        {"trace": None},
+        {"trace": "{"},
+        {"trace": "[]"},
+        {"trace": "[" * 100_000},
+    ],
+)
+def test_safetensors_without_a_trace(tmp_path: Path, changes: dict[str, str | None]) -> None:
+    path = tmp_path / "trace.safetensors"
+    write_changed(path, described(), **changes)
+    with pytest.raises(ValueError, match="is no saved trace"):
+        TraceResult.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        described(tokens=3),
+        described(positions={"text_encoder": [0], "text_decoder": [0, 1]}),
+        described(positions={"text_encoder": [0, 1, 2]}),
+        described(positions={"text_encoder": [0, 1, math.inf], "text_decoder": [0, 1]}),
+        described(answer_ids=None),
+        described(answer_ids=[10]),  # fewer than were measured
+        described(high_score="high"),
+        described(high_score=10**400),
+        described(metric="loudness"),
+        described(metric=["rank"]),
+        described(metrics=["probability", "loudness"]),
+        described(metrics=["probability", "logit"]),  # which the file does not hold
+        described(metrics=3),
+        described(metrics=[]),  # which leaves tensors that belong to nothing
+        stored(low_scores=None),
+        stored(low_scores=torch.zeros(2)),
+        stored(low_scores=torch.zeros(3, 1)),
+        stored(shown__text_encoder__hidden=torch.zeros(2, 5)),
+        stored(shown__text_encoder__hidden=torch.zeros(3, 3, 5)),  # fewer cells were measured
+        stored(shown__text_encoder__hidden=torch.zeros(3, 2, 4)),
+        stored(shown__text_encoder__hidden=None),
+        stored(shown__text_encoder__mlp=torch.zeros(3, 2, 3, 4)),  # a map without heads that has some
+        stored(shown__vision__hidden=torch.zeros(3, 1, 4)),  # its tokens have no labels
+        stored(measured__rank__cells=None),
+        stored(measured__rank__cells=torch.zeros(3, 20)),
+        stored(measured__rank__cells=torch.zeros(3, 19, 2)),
+        stored(measured__rank__cells=torch.zeros(2, 20, 2)),
+        stored(measured__rank__low=torch.zeros(3, 3)),
+        stored(measured__rank__low=torch.zeros(2)),
+        stored(measured__rank__high=torch.zeros(())),
+        stored(measured__rank__high=torch.zeros(3)),
+        stored(picture=torch.zeros(6, 8, dtype=torch.uint8)),
+        stored(picture=torch.zeros(3, 6, 8, dtype=torch.uint8)),
+        stored(picture=torch.zeros(6, 8, 3)),
+    ],
+    ids=lambda changes: "-".join(f"{name}" for part in changes.values() for name in part),
+)
+def test_safetensors_that_are_no_trace(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "trace.safetensors"
+    write_changed(path, changes)
+    with pytest.raises(ValueError, match="is no saved trace"):
         TraceResult.load(path)
 
 

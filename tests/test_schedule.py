@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
-from blip_trace.schedule import Job, StackShape, plan
-from blip_trace.sites import KINDS, Cell, Site, grid_cells, window_layers
+from blip_trace.schedule import Job, Plan, StackShape, plan
+from blip_trace.sites import KINDS, Cell, Shape, Site, grid_cells, window_layers
 
 LAYERS = 3
 STEPS = tuple((layer, name) for layer in range(LAYERS) for name in ("self_attn", "cross_attn", "mlp"))
-QUESTION, ANSWER = StackShape("text_encoder", STEPS, 2), StackShape("text_decoder", STEPS, 2)
+QUESTION, ANSWER = (
+    StackShape("text_encoder", STEPS, 2, causal=False),
+    StackShape("text_decoder", STEPS, 2, causal=True),
+)
+
+
+def job(cells: Iterable[Cell], tokens: int = 4, samples: int = 1) -> Job:
+    """A question of so many tokens and an answer of one."""
+    return Job((tokens, 1), range(1), samples, tuple(cells))
+
+
+def planned(*jobs: Job) -> Plan:
+    """A plan of questions about images of seven tokens."""
+    return plan(None, (QUESTION, ANSWER), jobs, 7)
+
+
+def grid(stack: str, kind: str, tokens: int, window: int = 1) -> list[Cell]:
+    """All cells of a map."""
+    shape = Shape(tokens, LAYERS, heads=2, source=7, causal=False)
+    return grid_cells(stack, kind, [(token,) for token in range(tokens)], shape, window)
 
 
 def rows(stack: str, kind: str, tokens: int = 4, samples: int = 1, window: int = 1) -> list[int]:
     """Rows of the question stack's batch at every step."""
-    cells = tuple(grid_cells(stack, kind, range(tokens if stack == "text_encoder" else 1), LAYERS, window, 2))
-    job = Job(tokens, 1, samples, cells)
-    return [step.rows for step in plan(QUESTION, ANSWER, (job,), 7).question.steps]
+    cells = grid(stack, kind, tokens if stack == "text_encoder" else 1, window)
+    return [step.rows for step in planned(job(cells, tokens, samples)).stacks[0].steps]
 
 
 def test_a_run_costs_nothing_before_it_forks() -> None:
@@ -44,9 +64,9 @@ def test_decoder_cells_do_not_exist_in_the_question_stack() -> None:
 
 def test_equal_cells_are_computed_once() -> None:
     cell = Cell.of([Site("text_encoder", 1, "hidden", 2)])
-    once, twice = (plan(QUESTION, ANSWER, (Job(4, 1, 1, (cell,) * n),), 7) for n in (1, 2))
-    assert once.question.rows == twice.question.rows
-    assert twice.first_answer_row[2] == twice.first_answer_row[3]
+    once, twice = (planned(job([cell] * n)) for n in (1, 2))
+    assert once.stacks[0].rows == twice.stacks[0].rows
+    assert twice.answer_rows[0][2] == twice.answer_rows[0][3]
 
 
 def test_a_whole_window_is_one_run() -> None:
@@ -55,7 +75,7 @@ def test_a_whole_window_is_one_run() -> None:
 
 def test_a_restored_row_is_read_from_the_clean_run() -> None:
     cell = Cell.of([Site("text_encoder", 1, "mlp", 2)])
-    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (cell,)),), 7).question.steps[5]
+    step = planned(job([cell])).stacks[0].steps[5]
     assert step.residual_rows is not None
     assert step.update_rows is not None
     assert step.residual_rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
@@ -65,7 +85,7 @@ def test_a_restored_row_is_read_from_the_clean_run() -> None:
 def test_a_restored_head_is_mixed_into_a_row_of_its_own() -> None:
     heads = [Cell.of([Site("text_encoder", 1, "self_attn_head", 2, head)]) for head in (0, 1)]
     both = Cell.of(heads[0].sites | heads[1].sites)
-    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (*heads, both)),), 7).question.steps[3]
+    step = planned(job([*heads, both])).stacks[0].steps[3]
     assert step.head_rows is not None
     assert step.update_rows is not None
     # the corrupted run's token 2 is row 6 and the clean one's row 2; rows 8 to 10 are the mixed ones
@@ -75,15 +95,25 @@ def test_a_restored_head_is_mixed_into_a_row_of_its_own() -> None:
 
 def test_what_is_restored_behind_the_projection_stands() -> None:
     sites = [Site("text_encoder", 1, "self_attn_head", 2, 0), Site("text_encoder", 1, "self_attn", 2)]
-    step = plan(QUESTION, ANSWER, (Job(4, 1, 1, (Cell.of(sites),)),), 7).question.steps[3]
+    step = planned(job([Cell.of(sites)])).stacks[0].steps[3]
     assert step.update_rows is not None
     assert step.update_rows.tolist()[8:] == [4, 5, 2, 7]
 
 
+def test_a_causal_stack_shares_what_comes_before_the_restored_token() -> None:
+    cells = [Cell.of([Site("text_decoder", 0, "hidden", token)]) for token in range(5)]
+    decoder = planned(Job((4, 5), range(5), 1, tuple(cells))).stacks[1]
+    # the clean and the corrupted run whole, then from token t on what a restored token t changes
+    assert decoder.layout.shared.tolist() == [0, 0, 0, 1, 2, 3, 4]
+    assert decoder.rows == 10 + 5 + 4 + 3 + 2 + 1
+    prefixes = decoder.steps[-1].prefixes
+    assert prefixes is not None
+    assert prefixes.tolist() == [[0, 0], [0, 0], [0, 0], [5, 1], [5, 2], [5, 3], [5, 4]]
+
+
 def test_every_question_reads_its_own_image() -> None:
-    cells = tuple(grid_cells("text_encoder", "hidden", range(2), LAYERS, 1, 2))
-    made = plan(QUESTION, ANSWER, (Job(2, 1, 2, cells), Job(5, 1, 2, cells)), 7)
-    step = made.question.steps[-2]
+    cells = grid("text_encoder", "hidden", 2)
+    step = planned(job(cells, 2, 2), job(cells, 5, 2)).stacks[0].steps[-2]
     assert step.query_starts is not None
     assert step.state_starts is not None
     assert step.state_starts.tolist() == [7 * n for n in range(7)]

@@ -1,12 +1,17 @@
-"""`BlipForQuestionAnswering` as a Program: a pre-norm ViT, two post-norm BERT stacks with cross-attention."""
+"""BLIP as a Program: a pre-norm ViT, and post-norm BERT stacks with cross-attention in one of three
+orders."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import BlipForQuestionAnswering
+from transformers import (
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+)
 
 from ..program import (
     CrossAttention,
@@ -22,8 +27,15 @@ from ..program import (
     TokenEmbedding,
 )
 
+Blip: TypeAlias = BlipForQuestionAnswering | BlipForConditionalGeneration | BlipForImageTextRetrieval
+MODELS: tuple[type[Blip], ...] = (
+    BlipForQuestionAnswering,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+)
 
-def lower(model: BlipForQuestionAnswering) -> Program:
+
+def lower(model: Blip) -> Program:
     """Read the weights of `model` into a Program; nothing is copied but what is repacked.
 
     Raises ValueError where the model's configuration asks for something that a Program cannot express.
@@ -35,25 +47,38 @@ def lower(model: BlipForQuestionAnswering) -> Program:
                 f"the {part} config's hidden_act is {sub.hidden_act!r}: only 'gelu' can be traced"
             )
     if not config.text_config.is_decoder:
-        raise ValueError("the text config's is_decoder is false: a question encoder without cross-attention")
+        raise ValueError("the text config's is_decoder is false: text stacks without cross-attention")
+    with torch.no_grad():
+        texts, task, head = _texts(model)
+        return Program(
+            image=_vision(model),
+            texts=texts,
+            head=head,
+            task=task,
+            start_token=getattr(model, "decoder_start_token_id", config.text_config.bos_token_id),
+        )
+
+
+def _texts(model: Blip) -> tuple[tuple[Stack, ...], Literal["answer", "continue", "match"], Head]:
+    match model:
+        case BlipForConditionalGeneration():
+            decoder = _text(model.text_decoder.bert, "text_decoder", attends_to="vision", causal=True)
+            return (decoder,), "continue", _head(model.text_decoder.cls.predictions)
+        case BlipForImageTextRetrieval():
+            encoder = _text(model.text_encoder, "text_encoder", attends_to="vision", causal=False)
+            return (encoder,), "match", Head(None, None, _linear(model.itm_head))
+    config = model.config
     if config.vision_config.hidden_size != config.text_config.hidden_size:
         raise ValueError(
             f"the vision and text stacks are {config.vision_config.hidden_size} and "
             f"{config.text_config.hidden_size} wide: the answer decoder cannot attend to the question"
         )
-    with torch.no_grad():
-        return Program(
-            image=_vision(model),
-            question=_text(model.text_encoder, "text_encoder", attends_to="vision", causal=False),
-            answer=_text(model.text_decoder.bert, "text_decoder", attends_to="text_encoder", causal=True),
-            head=_head(model.text_decoder.cls.predictions),
-            start_token=model.decoder_start_token_id,
-            pad_token=config.text_config.pad_token_id,
-            end_token=config.text_config.sep_token_id,
-        )
+    encoder = _text(model.text_encoder, "text_encoder", attends_to="vision", causal=False)
+    decoder = _text(model.text_decoder.bert, "text_decoder", attends_to="text_encoder", causal=True)
+    return (encoder, decoder), "answer", _head(model.text_decoder.cls.predictions)
 
 
-def _vision(model: BlipForQuestionAnswering) -> Stack:
+def _vision(model: Blip) -> Stack:
     vision, config = model.vision_model, model.config.vision_config
     layers = []
     for block in vision.encoder.layers:

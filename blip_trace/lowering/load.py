@@ -1,4 +1,4 @@
-"""Model folders and hub names to a checked `BlipForQuestionAnswering` and its processor.
+"""Model folders and hub names to a checked BLIP and its processor.
 
 Nothing in a folder is trusted: weights are read from safetensors alone (no pickle), no code is run, and a
 model whose weights are not exactly those that its configuration names is refused.
@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessorPil, BlipProcessor
+from transformers import BlipConfig, BlipImageProcessorPil, BlipProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from .blip import MODELS, Blip
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHIPPED = {"vqa": "blip-shapes", "caption": "blip-shapes-caption", "match": "blip-shapes-match"}
+"""The names of the models that come with the package, and their folders."""
 NAMED_KEYS = 3
 """How many weights an error names."""
 
@@ -33,21 +37,23 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def shipped_model() -> Path:
-    """The folder of the small trained model that comes with the package.
+def shipped_model(name: str = "vqa") -> Path:
+    """The folder of a small trained model that comes with the package: "vqa" answers questions, "caption"
+    writes captions and "match" matches texts with pictures.
 
-    Raises FileNotFoundError where this installation does not hold it.
+    Raises ValueError for any other name, FileNotFoundError where this installation does not hold the model.
     """
-    folder = Path(str(resources.files("blip_trace") / "assets" / "blip-shapes"))
+    if name not in SHIPPED:
+        raise ValueError(f"unknown model {name!r}: choose among {', '.join(SHIPPED)}")
+    folder = Path(str(resources.files("blip_trace") / "assets" / SHIPPED[name]))
     if not (folder / SAFE_WEIGHTS_NAME).is_file():
-        raise FileNotFoundError("the model that ships with blip_trace is missing from this installation")
+        raise FileNotFoundError(f"the {name} model of blip_trace is missing from this installation")
     return folder
 
 
-def load_model(
-    hub_id_or_folder: str | Path, dtype: torch.dtype
-) -> tuple[BlipForQuestionAnswering, BlipProcessor]:
-    """Load a BLIP question answerer and its processor (Pillow's resizing, never torchvision's).
+def load_model(hub_id_or_folder: str | Path, dtype: torch.dtype) -> tuple[Blip, BlipProcessor]:
+    """Load a BLIP that answers questions, writes captions or matches texts, and its processor (Pillow's
+    resizing, never torchvision's).
 
     Raises ValueError where this is another kind of model, or its weights are missing, broken or not exactly
     those of its configuration (the first few are named); FileNotFoundError where there is no such folder;
@@ -57,10 +63,10 @@ def load_model(
     local = os.path.isdir(source)  # Path would take an empty name for the current folder
     if not local:
         _check_hub_id(hub_id_or_folder)
-    config = _load_config(source, local)
+    config, kind = _load_config(source, local)
     _check_size(source, config, _weight_files(source, local))
     with _quiet():
-        return _load_weights(source, local, config, dtype), _load_processor(source, local)
+        return _load_weights(source, local, kind, config, dtype), _load_processor(source, local)
 
 
 def _check_hub_id(source: str | Path) -> None:
@@ -84,21 +90,23 @@ def _find(source: str, local: bool, name: str) -> Path | None:
         raise OSError(f"the model {source} cannot be read: {_one_line(error)}") from error
 
 
-def _load_config(source: str, local: bool) -> BlipConfig:
+def _load_config(source: str, local: bool) -> tuple[BlipConfig, type[Blip]]:
     raw = _read_json(source, _find(source, local, "config.json"), "config.json")
     kind = raw.get("model_type")
     if kind != "blip":
         raise ValueError(f"{source} is no BLIP model: its model_type is {kind!r}")
-    classes = raw.get("architectures") or [BlipForQuestionAnswering.__name__]
-    if BlipForQuestionAnswering.__name__ not in classes:
-        named = ", ".join(str(name) for name in classes)
-        raise ValueError(f"{source} is a {named}: only BlipForQuestionAnswering can be traced")
+    known = {model.__name__: model for model in MODELS}
+    classes = raw.get("architectures") or list(known)
+    found = [known[name] for name in classes if name in known] if isinstance(classes, list) else []
+    if not found:
+        named = ", ".join(map(str, classes)) if isinstance(classes, list) else classes
+        raise ValueError(f"{source} is a {named}: only {' and '.join(known)} can be traced")
     # both make transformers read weights in ways that are not checked here, one of them a pickle
     for entry in ("transformers_weights", "quantization_config"):
         if raw.get(entry):
             raise ValueError(f"the config.json of {source} asks for {entry}, which is not supported")
     try:
-        return BlipConfig.from_dict(raw)
+        return BlipConfig.from_dict(raw), found[0]
     except Exception as error:  # values of wrong types surface as almost any exception
         raise ValueError(f"the config.json of {source} is broken: {_one_line(error)}") from error
 
@@ -169,11 +177,9 @@ def _read_json(source: str, path: Path | None, name: str) -> dict[str, Any]:
     return content
 
 
-def _load_weights(
-    source: str, local: bool, config: BlipConfig, dtype: torch.dtype
-) -> BlipForQuestionAnswering:
+def _load_weights(source: str, local: bool, kind: type[Blip], config: BlipConfig, dtype: torch.dtype) -> Blip:
     try:
-        model, report = BlipForQuestionAnswering.from_pretrained(
+        model, report = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,

@@ -50,7 +50,7 @@ struct Runner {
       else return kernels.attention<Q>().attend;
     }();
     attend(job.query + first * shape.query_stride, shape.query_stride, n,
-           {keys, words(shape.size), job.m}, values, shape.scale, shape.causal ? first + 1 : job.m,
+           {keys, words(shape.size), job.m}, values, shape.scale, shape.causal ? job.m - job.n + first + 1 : job.m,
            job.out + first * shape.out_stride, shape.out_stride, work);
   }
 

@@ -1,0 +1,132 @@
+"""What is read from the answers of runs, and the metrics made of it: probability, logit difference, rank, …
+
+A *reading* is a number for each token of the answer. Logits and log-probabilities are read always; a foil's
+logit where there is a foil; divergence and rank, which take the logits of the whole vocabulary, where they
+are asked for. A *metric* is made of readings, and joins those of several tokens to one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sites import check_names
+
+Readings = Mapping[str, Tensor]
+"""By name, tensors [..., A] over the answer's tokens, in float64: log_probability, logit and, where they were
+asked for, foil_logit, kl_divergence, rank."""
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(-1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """of_token [..., A] of readings, and joint [...] of that. `title`: as plots say it. `falls`: the better
+    the answer comes back, the smaller it is. `vocabulary`: it takes the logits of all words."""
+
+    title: str
+    of_token: Callable[[Readings], Tensor]
+    joint: Callable[[Tensor], Tensor] = _sum
+    falls: bool = False
+    vocabulary: bool = False
+
+
+METRICS: dict[str, Metric] = {
+    "probability": Metric(
+        "P(answer)", lambda read: read["log_probability"].exp(), lambda values: values.prod(-1)
+    ),
+    "log_probability": Metric("log P(answer)", lambda read: read["log_probability"]),
+    "logit": Metric("logit of the answer", lambda read: read["logit"]),
+    "logit_difference": Metric(
+        "logit(answer) - logit(foil)", lambda read: read["logit"] - read["foil_logit"]
+    ),
+    "kl_divergence": Metric(
+        "KL(clean || run)", lambda read: read["kl_divergence"], falls=True, vocabulary=True
+    ),
+    "rank": Metric(
+        "rank of the answer", lambda read: read["rank"], lambda values: values.amax(-1), True, True
+    ),
+}
+
+
+def check_metrics(metrics: Sequence[str], foil: object) -> tuple[str, ...]:
+    """Metrics as a tuple without repetitions.
+
+    Raises ValueError for an empty list and an unknown name, and where a logit difference has no foil or a
+    foil no logit difference.
+    """
+    metrics = check_names("metric", metrics, METRICS)
+    if ("logit_difference" in metrics) != (foil is not None):
+        raise ValueError("the metric logit_difference and a foil answer go together: give both or neither")
+    return metrics
+
+
+def check_foil(answer: Tensor, foil: Tensor) -> Tensor:
+    """Tokens [A] to compare the answer's [A] with: the answer's own but for the first at which the two part,
+    so that both have the same words before them.
+
+    Raises ValueError where they never part.
+    """
+    for place, (own, other) in enumerate(zip(answer.tolist(), foil.tolist(), strict=False)):
+        if own != other:
+            compared = answer.clone()
+            compared[place] = other
+            return compared
+    raise ValueError("the foil is the answer, or one begins with the other: no token tells them apart")
+
+
+def vocabulary_readings(
+    logits: Tensor, log_sum_exp: Tensor, clean: Tensor, clean_log_sum_exp: Tensor, token: int
+) -> tuple[Tensor, Tensor]:
+    """KL divergence from the clean distribution, the sum of p_clean (log p_clean - log p) over the
+    vocabulary, and the rank of a token, 1 + how many words are more probable: [n] each, in float64.
+
+    logits [n, V] of runs and clean [V], in float32 or better; log_sum_exp [n], clean_log_sum_exp [].
+    """
+    wide = clean.double()
+    probabilities = (wide - clean_log_sum_exp).exp()
+    divergence = (wide - logits) @ probabilities + (log_sum_exp - clean_log_sum_exp)
+    divergence.clamp_(min=0)  # rounding may put that of a run and itself just below
+    rank = 1 + (logits > logits[:, token, None]).sum(-1)
+    return divergence, rank.double()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of every run of a trace, for each token of the answer: float32 cells [samples, cells, A],
+    low [samples, A] of the corrupted runs and high [A] of the clean one."""
+
+    cells: Tensor
+    low: Tensor
+    high: Tensor
+
+    def joined(self, metric: str, token: int | None) -> tuple[Tensor, Tensor, float]:
+        """The same of one token of the answer, or of all of them jointly: [samples, cells], [samples],
+        number."""
+        if token is None:
+            join = METRICS[metric].joint
+        else:
+            if not -self.high.shape[-1] <= token < self.high.shape[-1]:
+                raise ValueError(f"the answer has no token {token}: it has {self.high.shape[-1]}")
+
+            def join(values: Tensor) -> Tensor:
+                return values[..., token]
+
+        return join(self.cells), join(self.low), float(join(self.high))
+
+
+def measure_all(
+    metrics: Sequence[str], clean: Readings, corrupted: Readings, patched: Readings
+) -> dict[str, Measured]:
+    """Metrics of readings [A], [samples, A] and [samples, cells, A]."""
+    return {
+        metric: Measured(
+            *(METRICS[metric].of_token(read).to(torch.float32) for read in (patched, corrupted, clean))
+        )
+        for metric in metrics
+    }

@@ -1,0 +1,215 @@
+"""From what a user hands in to what the engine is given: pixels and ids, image states, corrupted inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import cost, engine, hooks
+from .corruption import Corrupted, Corruption, Edit, Original, corrupt
+from .embedding import embed_patches
+from .inputs import Inputs
+from .ops import OpSet
+from .program import PatchEmbedding, Program
+from .sites import Cell, Shape
+
+CACHED_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked question: pixels [1, 3, H, W], text_ids [T], answer_ids [A] and foil_ids, or None."""
+
+    pixels: Tensor
+    text_ids: Tensor
+    answer_ids: Tensor | None
+    foil_ids: Tensor | None
+
+
+class Vision(Protocol):
+    """The image encoder of a backend, in two steps."""
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embedded patches [B, N, C] of pixel values [B, 3, H, W]."""
+        ...
+
+    def encode(self, embedded: Tensor) -> Tensor:
+        """Image states [B, N, D] of those."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """How many images to encode together."""
+        ...
+
+
+@dataclass(frozen=True)
+class HooksVision:
+    """That of the unmodified model."""
+
+    model: Any
+    at_once: int = 1
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """See `Vision`."""
+        with torch.inference_mode():
+            return hooks.embed_image(self.model, pixels)
+
+    def encode(self, embedded: Tensor) -> Tensor:
+        """See `Vision`."""
+        with torch.inference_mode():
+            return hooks.encode_image(self.model, embedded)
+
+
+@dataclass(frozen=True)
+class EngineVision:
+    """That of the engine; `memory`: bytes of activations that it may take."""
+
+    program: Program
+    ops: OpSet
+    memory: int
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """See `Vision`."""
+        return embed_patches(self.program.image, pixels)
+
+    def encode(self, embedded: Tensor) -> Tensor:
+        """See `Vision`."""
+        return engine.encode_image(self.program, self.ops, embedded)
+
+    @property
+    def at_once(self) -> int:
+        """See `Vision`."""
+        image = self.program.image
+        assert isinstance(image.embedding, PatchEmbedding)
+        return max(1, self.memory // (len(image.embedding.positions) * cost.row_bytes(image)))
+
+
+class Preparer:
+    """Prepares the questions of one model. Encoded images are cached."""
+
+    def __init__(self, model: Any, program: Program, inputs: Inputs) -> None:
+        self._model = model
+        self._program = program
+        self._inputs = inputs
+        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def shapes(self, asked: Asked) -> dict[str, Shape]:
+        """What the stacks have for this question."""
+        image = self._program.image
+        tokens, _ = self._image_shape
+        shapes = {image.name: Shape(tokens, len(image.layers), image.heads, 0, image.causal)}
+        task = engine.Task(asked.text_ids, asked.answer_ids, asked.pixels, None, ())
+        for stack, length in zip(self._program.texts, task.job(self._program).tokens, strict=True):
+            shapes[stack.name] = Shape(length, len(stack.layers), stack.heads, tokens, stack.causal)
+            tokens = length
+        return shapes
+
+    def task(
+        self,
+        vision: Vision,
+        asked: Asked,
+        corruption: Corruption | None,
+        cells: tuple[Cell, ...],
+        direction: str,
+        vocabulary: bool,
+        *,
+        patches: bool,
+    ) -> tuple[engine.Task, str]:
+        """What the engine is given, and what the corruption says it changed; None: nothing is corrupted.
+
+        patches: the image stack is part of the trace. Raises ValueError where it is, and the corruption
+        changes nothing before it, and whatever the corruption raises.
+        """
+        made = Corrupted()
+        if corruption is not None:
+            made = corrupt(corruption, self._original(vision, asked, patches))
+            if patches and made.images is None:
+                raise ValueError("nothing in the vision stack can be restored: the image is not corrupted")
+        clean = vision.embed(asked.pixels)[0] if patches else self._image_states(vision, asked.pixels)
+        task = engine.Task(
+            asked.text_ids,
+            asked.answer_ids,
+            clean,
+            made.images,
+            cells,
+            direction,
+            made.words,
+            patches,
+            asked.foil_ids,
+            vocabulary,
+        )
+        return task, made.note
+
+    def _image_states(self, vision: Vision, pixels: Tensor) -> Tensor:
+        """Image states [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
+        key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
+        if key not in self._states:
+            states = vision.encode(vision.embed(pixels))[0]
+            if not bool(torch.isfinite(states).all()):
+                raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
+            self._states[key] = states
+            while len(self._states) > CACHED_IMAGES:
+                self._states.popitem(last=False)
+        self._states.move_to_end(key)
+        return self._states[key]
+
+    @property
+    def _image_shape(self) -> tuple[int, int]:
+        image = self._program.image
+        assert isinstance(image.embedding, PatchEmbedding)
+        return len(image.embedding.positions), image.width
+
+    @property
+    def _word_table(self) -> Tensor:
+        table: Tensor = self._model.get_input_embeddings().weight
+        return table.detach()
+
+    @cached_property
+    def _words_std(self) -> float:
+        """Of all word embeddings; a pass over the whole table, which only noise in multiples of it needs."""
+        return float(self._word_table.float().std())
+
+    def _original(self, vision: Vision, asked: Asked, patches: bool) -> Original:
+        """What a corruption may know of a question."""
+        table, ids = self._word_table, asked.text_ids
+
+        def enter(pixels: Tensor, edit: Edit | None) -> Tensor:
+            """Embedded patches, or the states made of them, as many at once as memory allows."""
+            made = []
+            for first in range(0, len(pixels), vision.at_once):
+                samples = slice(first, first + vision.at_once)
+                embedded = vision.embed(pixels[samples].float())
+                if edit is not None:
+                    embedded = edit(embedded, samples)
+                made.append(embedded if patches else vision.encode(embedded))
+            return torch.cat(made)
+
+        def states() -> Tensor:
+            if patches:
+                raise ValueError(
+                    "the vision stack lies before the image embeddings that this corruption changes: corrupt "
+                    "the pixels or the patches (PixelNoise, PatchNoise, ImageSwap, ImageRegion)"
+                )
+            return self._image_states(vision, asked.pixels)
+
+        return Original(
+            pixels=asked.pixels,
+            states=states,
+            image_shape=self._image_shape,
+            ids=ids,
+            words=table[ids],
+            words_std=lambda: self._words_std,
+            labels=self._inputs.labels(ids.tolist()),
+            enter=enter,
+            image=self._inputs.pixels,
+            question=self._inputs.question_ids,
+            embed=lambda other: table[other],
+            find=lambda phrase: self._inputs.find(phrase, ids),
+        )
