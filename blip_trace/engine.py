@@ -22,7 +22,8 @@ from .program import (
     Stack,
     Sublayer,
 )
-from .schedule import Job, Plan, StackPlan, StackShape, Step, plan, straight_plan
+from .runs import Job
+from .schedule import Plan, StackPlan, StackShape, Step, plan, straight_plan
 from .sites import Cell
 
 DEFAULT_MEMORY = 128 * 2**20
@@ -156,6 +157,12 @@ def score(
             answers[number] = scores.answer_ids
             pieces[number].append(scores)
     return [_merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
+
+
+def count_operations(program: Program, tasks: Sequence[Task], memory: int) -> int:
+    """What `score` will do, by formula: see `cost`."""
+    passes = _passes(program, tasks, memory)
+    return sum(cost.operations(program, plan_pass(program, [part for _, part in parts])) for parts in passes)
 
 
 def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:

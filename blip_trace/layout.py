@@ -39,12 +39,22 @@ class Layout:
             number = int(self.leader[number])
         return int(self.starts[number] + token - self.shared[number])
 
-    def rows(self, number: int, first: int = 0) -> Ints:
-        """The rows of a class's tokens from `first` on."""
-        shared, leader = int(self.shared[number]), int(self.leader[number])
-        before = self.starts[leader] + np.arange(first, shared)
-        own = np.arange(max(first - shared, 0), int(self.tokens[number]) - shared)
-        return np.concatenate((before, self.starts[number] + own))
+    def rows(self, number: int) -> Ints:
+        """The rows of all tokens of a class."""
+        shared = int(self.shared[number])
+        before = self.starts[self.leader[number]] + np.arange(shared)
+        return np.concatenate((before, np.arange(self.starts[number], self.starts[number + 1])))
+
+    def gathered(self, parents: Ints, after: Layout) -> Ints:
+        """For every row of the layout `after` this one, where class c descends from class parents[c], the row
+        of this one that it stands for."""
+        own = after.tokens - after.shared
+        first = self.starts[parents] + after.shared - self.shared[parents]
+        rows: Ints = np.repeat(first - after.starts[:-1], own) + np.arange(after.starts[-1])
+        for number in np.flatnonzero(after.shared < self.shared[parents]):  # it shares less than before
+            begin, end = after.starts[number : number + 2]
+            rows[begin:end] = self.rows(int(parents[number]))[after.shared[number] :]
+        return rows
 
     def prefixes(self) -> Tensor | None:
         """For each class the first row of what it shares and how many, int32 [classes, 2]; None: nothing."""

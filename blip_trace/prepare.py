@@ -32,6 +32,17 @@ class Asked:
     foil_ids: Tensor | None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done with a question: cells, in which direction, whether to read what takes the whole
+    `vocabulary`, and whether the image stack is part of the trace and takes its `patches`."""
+
+    cells: tuple[Cell, ...]
+    direction: str
+    vocabulary: bool
+    patches: bool
+
+
 class Vision(Protocol):
     """The image encoder of a backend, in two steps."""
 
@@ -112,21 +123,14 @@ class Preparer:
         return shapes
 
     def task(
-        self,
-        vision: Vision,
-        asked: Asked,
-        corruption: Corruption | None,
-        cells: tuple[Cell, ...],
-        direction: str,
-        vocabulary: bool,
-        *,
-        patches: bool,
+        self, vision: Vision, asked: Asked, corruption: Corruption | None, wanted: Wanted
     ) -> tuple[engine.Task, str]:
         """What the engine is given, and what the corruption says it changed; None: nothing is corrupted.
 
-        patches: the image stack is part of the trace. Raises ValueError where it is, and the corruption
-        changes nothing before it, and whatever the corruption raises.
+        Raises ValueError where the image stack is part of the trace but the corruption changes nothing before
+        it, and whatever the corruption raises.
         """
+        patches = wanted.patches
         made = Corrupted()
         if corruption is not None:
             made = corrupt(corruption, self._original(vision, asked, patches))
@@ -138,12 +142,12 @@ class Preparer:
             asked.answer_ids,
             clean,
             made.images,
-            cells,
-            direction,
+            wanted.cells,
+            wanted.direction,
             made.words,
             patches,
             asked.foil_ids,
-            vocabulary,
+            wanted.vocabulary,
         )
         return task, made.note
 

@@ -22,42 +22,8 @@ from torch import Tensor
 
 from .contexts import Attended, Contexts, Knockout, Override
 from .layout import Ints, Layout, int32
-from .sites import KINDS, Cell, Cut, Site
-
-
-@dataclass(frozen=True)
-class Job:
-    """The shape of one question: its runs are a clean one, one corrupted run per sample, and for every sample
-    and cell one that is patched: the corrupted run with the cell's clean states (`denoise`) or the clean run
-    with its corrupted ones (`noise`).
-
-    tokens: lengths in the text stacks. Corrupted are the image, the embeddings of the first text (`words`),
-    both, or nothing. The answer is read from rows `reads` of a run in the last stack.
-    """
-
-    tokens: tuple[int, ...]
-    reads: range
-    samples: int
-    cells: tuple[Cell, ...]
-    direction: str = "denoise"
-    images: bool = True
-    words: bool = False
-
-    @property
-    def image_sets(self) -> int:
-        """Sets of image states that the job brings: the clean one and, where images are corrupted, one for
-        each sample."""
-        return 1 + self.samples * self.images
-
-    @property
-    def entries(self) -> int:
-        """Embedded texts that it brings, likewise."""
-        return 1 + self.samples * self.words
-
-    @property
-    def runs(self) -> int:
-        """All its runs."""
-        return 1 + self.samples * (1 + len(self.cells))
+from .runs import Change, Job, Lose, Take, bases_of, changes_of, inputs_of
+from .sites import KINDS
 
 
 @dataclass(frozen=True)
@@ -140,9 +106,9 @@ def plan(image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Jo
     image stack's final states where that is not run. Its embedded texts likewise enter the first text stack,
     which attends to the image; each further one attends to the one before.
     """
-    changes = _changes(jobs)
-    base_of = _base_of(jobs)
-    inputs = [_inputs_of(job) for job in jobs]
+    changes = changes_of(jobs)
+    base_of = bases_of(jobs)
+    inputs = [inputs_of(job) for job in jobs]
     first_set = _firsts([job.image_sets for job in jobs])
     first_entry = _firsts([job.entries for job in jobs])
     source_of = np.concatenate(
@@ -189,65 +155,6 @@ def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
     )
 
 
-@dataclass(frozen=True)
-class _Take:
-    """A run's site takes the donor run's state."""
-
-    run: int
-    site: Site
-    donor: int
-
-
-@dataclass(frozen=True)
-class _Lose:
-    """A run loses attention edges."""
-
-    run: int
-    cut: Cut
-
-
-_Change = _Take | _Lose
-
-
-def _changes(jobs: Sequence[Job]) -> dict[str, list[_Change]]:
-    """All that is changed in the runs of a stack."""
-    changes: dict[str, list[_Change]] = defaultdict(list)
-    clean = 0
-    for job in jobs:
-        run = clean + 1 + job.samples
-        for corrupted in range(clean + 1, clean + 1 + job.samples):
-            base, donor = (corrupted, clean) if job.direction == "denoise" else (clean, corrupted)
-            for cell in job.cells:
-                for site in cell.sites:
-                    changes[site.stack].append(_Take(run, site, donor))
-                for site in cell.frozen:
-                    changes[site.stack].append(_Take(run, site, base))
-                for cut in cell.cuts:
-                    changes[cut.stack].append(_Lose(run, cut))
-                run += 1
-        clean = run
-    return changes
-
-
-def _base_of(jobs: Sequence[Job]) -> Ints:
-    """For each run the one that it is until something is changed in it."""
-    bases = []
-    clean = 0
-    for job in jobs:
-        corrupted = clean + 1 + np.arange(job.samples)
-        base = corrupted if job.direction == "denoise" else np.full_like(corrupted, clean)
-        bases.append(np.concatenate(([clean], corrupted, np.repeat(base, len(job.cells)))))
-        clean += job.runs
-    return np.concatenate(bases)
-
-
-def _inputs_of(job: Job) -> Ints:
-    """For each run of a job the input that it is given: 0 the clean one, 1 + s that of sample s."""
-    samples = 1 + np.arange(job.samples)
-    base = samples if job.direction == "denoise" else np.zeros_like(samples)
-    return np.concatenate(([0], samples, np.repeat(base, len(job.cells))))
-
-
 def _firsts(counts: Sequence[int]) -> list[int]:
     """Where each part begins, of parts of so many items one behind the other."""
     return [0, *np.cumsum(counts)[:-1].tolist()]
@@ -275,7 +182,7 @@ class _Batch:
         self.shape = shape
 
     def refine(
-        self, changes: Iterable[_Change], by_source: bool, attended: Attended | None = None
+        self, changes: Iterable[Change], by_source: bool, attended: Attended | None = None
     ) -> _Refined:
         """Give rows of their own to runs that differ from here on."""
         overrides = self._overrides(changes)
@@ -290,41 +197,38 @@ class _Batch:
         classes = sorted(keys.items(), key=lambda item: (self.source_of[item[1][0]], item[0][0], item[1][0]))
 
         old = self.layout
-        sources = [int(self.source_of[runs[0]]) for _, runs in classes]
+        parents = np.array([parent for (parent, _, _), _ in classes])
+        leads = np.array([runs[0] for _, runs in classes])
+        changed = [
+            (n, key[0], int(self.source_of[leads[n]]), key[2]) for n, (key, _) in enumerate(classes) if key[2]
+        ]
         contexts = Contexts(old, self.shape.heads, attended)
-        for ((parent, _, changed), _), own_source in zip(classes, sources, strict=True):
-            contexts.see(parent, own_source, changed)
-        shared = np.array([self._shared(*key, runs) for key, runs in classes])
-        residual, update = [], []
-        marks = zip(classes, sources, shared.tolist(), strict=True)
-        for ((parent, _, changed), _), own_source, first in marks:
-            stream = old.rows(parent, first)
-            added = stream.copy()
-            for token, row in contexts.rows(parent, own_source, changed).items():
-                added[token - first] = row
-            # what is put behind the projection stands, whatever the context was; a stream, whatever was added
-            for token, place, _, donor, _ in sorted(changed, key=lambda o: o.place == "stream"):
-                if place in ("update", "stream"):
-                    added[token - first] = old.row(donor, token)
-                if place == "stream":
-                    stream[token - first] = old.row(donor, token)
-            residual.append(stream)
-            update.append(added)
+        for _, parent, own_source, overridden in changed:
+            contexts.see(parent, own_source, overridden)
+        shared = np.zeros_like(parents)
+        if self.shape.causal:
+            shared = np.array([self._shared(*key, runs) for key, runs in classes])
         for number, (_, runs) in enumerate(classes):
             self.class_of[runs] = number
-        leader = self.class_of[self.base_of[[runs[0] for _, runs in classes]]]
-        self.layout = Layout(old.tokens[[parent for (parent, _, _), _ in classes]], shared, leader)
-        return _Refined(
-            int32(np.concatenate(residual)),
-            int32(np.concatenate(update)),
-            contexts.knockout(),
-            contexts.head_rows(),
-        )
+        self.layout = Layout(old.tokens[parents], shared, self.class_of[self.base_of[leads]])
+        residual = old.gathered(parents, self.layout)
+        update = residual.copy()
+        for number, parent, own_source, overridden in changed:
+            first = self.layout.starts[number] - shared[number]
+            for token, row in contexts.rows(parent, own_source, overridden).items():
+                update[first + token] = row
+            # what is put behind the projection stands, whatever the context was; a stream, whatever was added
+            for token, place, _, donor, _ in sorted(overridden, key=lambda o: o.place == "stream"):
+                if place in ("update", "stream"):
+                    update[first + token] = old.row(donor, token)
+                if place == "stream":
+                    residual[first + token] = old.row(donor, token)
+        return _Refined(int32(residual), int32(update), contexts.knockout(), contexts.head_rows())
 
     def _shared(self, parent: int, _: int, changed: tuple[Override, ...], runs: list[int]) -> int:
         """How many tokens a class shares from now on with the run that it was before anything was changed."""
         bases = self.base_of[runs]
-        if not self.shape.causal or len(set(self.class_of[bases])) > 1 or (bases == runs).any():
+        if len(set(self.class_of[bases])) > 1 or (bases == runs).any():
             return 0
         if (self.source_of[bases] != self.source_of[runs]).any():
             return 0
@@ -333,12 +237,12 @@ class _Batch:
             before = int(self.layout.tokens[parent])  # they were the same until now
         return min([before, *(override.token for override in changed)])
 
-    def _overrides(self, changes: Iterable[_Change]) -> dict[int, tuple[Override, ...]]:
+    def _overrides(self, changes: Iterable[Change]) -> dict[int, tuple[Override, ...]]:
         """What differs in each run, in one order: plans must not hang on that of a set."""
         overrides: dict[int, set[Override]] = defaultdict(set)
         cuts: dict[tuple[int, int], set[int]] = defaultdict(set)
         for change in changes:
-            if isinstance(change, _Lose):
+            if isinstance(change, Lose):
                 for query in change.cut.queries:
                     cuts[change.run, query] |= change.cut.keys
             else:
@@ -376,12 +280,12 @@ def _plan_stack(
     entry_of: Ints,
     source_of: Ints,
     source_lengths: Ints,
-    changes: Iterable[_Change],
+    changes: Iterable[Change],
     base_of: Ints,
 ) -> StackPlan:
-    changed_at: dict[tuple[int, str], list[_Change]] = defaultdict(list)
+    changed_at: dict[tuple[int, str], list[Change]] = defaultdict(list)
     for change in changes:
-        if isinstance(change, _Take):
+        if isinstance(change, Take):
             changed_at[change.site.layer, KINDS[change.site.kind].sublayer].append(change)
         else:
             changed_at[change.cut.layer, change.cut.sublayer].append(change)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -13,25 +14,24 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from . import __version__, engine, hooks
-from .attribution import Screen, Screened, estimate, screen
+from . import __version__, engine
+from .assemble import Assembler
+from .attribution import Screened
 from .corruption import Corruption, GaussianNoise, InputCorruption
 from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
-from .metrics import METRICS, Measured, check_foil, check_metrics, measure_all
+from .measuring import Forecast, Measurer, Progress
+from .metrics import METRICS, check_foil, check_metrics
 from .ops import OpSet, get_ops, native_unavailable_reason
-from .prepare import Asked, EngineVision, HooksVision, Preparer, Vision
+from .prepare import Asked, EngineVision, HooksVision, Preparer, Vision, Wanted
 from .program import Program
-from .request import Grid, Options, Request, check_request
+from .request import Options, check_request
 from .result import Restored, TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
 
 Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
-Progress = Callable[[float], None]
-"""Called with the share of the work that is done, 0 to 1."""
-
 BACKENDS = ("auto", "native", "reference", "hooks")
 UNCORRUPTED: Literal["none"] = "none"
 
@@ -77,6 +77,7 @@ class Tracer:
         self.backend = _choose_backend(backend)
         self._inputs = Inputs(model.config, processor, self.program.task)
         self._preparer = Preparer(model, self.program, self._inputs)
+        self._assembler = Assembler(self.program, self._inputs)
 
     @classmethod
     def from_pretrained(
@@ -135,6 +136,7 @@ class Tracer:
         progress: Progress | None = None,
         *,
         foil: str | int | None = None,
+        announce: Callable[[Forecast], None] | None = None,
         **options: Unpack[Options],
     ) -> TraceResult:
         """Map, for every layer x token x kind of state, how much of the answer returns when that state of the
@@ -159,7 +161,9 @@ class Tracer:
         progress: called with the share of the work done.
         foil: for the metric logit_difference, the answer to compare with: at the first token where the two
             part.
-        options: tokens, direction, metrics, sever, patch_group: see `blip_trace.request.Options`.
+        announce: called before the work begins with how many cells there are and about how long they take,
+            done exactly.
+        options: tokens, direction, metrics, sever, patch_group, method: see `blip_trace.request.Options`.
 
         Raises ValueError or TypeError, in one sentence, for inputs that cannot be traced.
         """
@@ -173,6 +177,7 @@ class Tracer:
             window,
             progress,
             foils=foils,
+            announce=announce,
             **options,
         )[0]
 
@@ -187,32 +192,29 @@ class Tracer:
         progress: Progress | None = None,
         *,
         foils: Sequence[str | int] | None = None,
+        announce: Callable[[Forecast], None] | None = None,
         **options: Unpack[Options],
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` and `foils` have one for each pair."""
         stacks = self.stacks[1:] if stacks is None else stacks
         request = check_request(self.stacks, stacks, kinds, window, foils, **options)
+        corruption = _checked_corruption(corruption)
         tasks, known = [], []
         for asked in self._ask_all(pairs, answers, foils):
             grids = request.grids(self._preparer.shapes(asked))
             cells = tuple(cell for grid in grids.values() for cell in grid.cells)
-            task, note = self._task(
-                asked,
-                _checked_corruption(corruption),
-                cells,
-                request.direction,
-                request.vocabulary,
-                patches="vision" in request.stacks,
-            )
+            wanted = Wanted(cells, request.direction, request.vocabulary, "vision" in request.stacks)
+            task, note = self._preparer.task(self._vision, asked, corruption, wanted)
             tasks.append(task)
             known.append((asked, grids, note))
-        settings = {**self._settings(_checked_corruption(corruption)), **request.settings()}
+        if announce is not None and tasks:
+            announce(self._measurer.forecast(tasks))
+        found = self._measurer.by(request.method, tasks, request.metrics, progress)
+        settings = {**self._settings(corruption), **request.settings()}
         return [
-            self._result(question, asked, request, grids, found, {**settings, "corrupted": note})
-            for (_, question), found, (asked, grids, note) in zip(
-                pairs, self._measure(tasks, request, progress), known, strict=True
-            )
+            self._assembler.trace(question, asked, request, grids, own, {**settings, "corrupted": note})
+            for (_, question), own, (asked, grids, note) in zip(pairs, found, known, strict=True)
         ]
 
     def restore(
@@ -247,26 +249,14 @@ class Tracer:
         distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
         stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
         vocabulary = any(METRICS[metric].vocabulary for metric in metrics)
-        task, note = self._task(
-            asked, applied, tuple(distinct), direction, vocabulary, patches="vision" in stacks
-        )
-        (scores,) = self._score([task], progress)
+        wanted = Wanted(tuple(distinct), direction, vocabulary, "vision" in stacks)
+        task, note = self._preparer.task(self._vision, asked, applied, wanted)
+        ((answer_ids, measured),) = self._measurer.exactly([task], metrics, progress)
         places = [distinct[cell] for cell in checked]
-        patched = {name: read[:, places] for name, read in scores.patched.items()}
-        measured = measure_all(metrics, scores.clean, scores.corrupted, patched)
-        joined, low, high = measured[metrics[0]].joined(metrics[0], None)
-        return Restored(
-            scores=joined,
-            low_scores=low,
-            high_score=high,
-            question=self._question_text(question, asked),
-            answer=self._inputs.answer_text(scores.answer_ids.tolist()),
-            answer_ids=tuple(scores.answer_ids.tolist()),
-            settings={**self._settings(applied), "direction": direction, "corrupted": note},
-            metric=metrics[0],
-            answer_token=None,
-            measured=measured,
-        )
+        measured = {name: replace(own, cells=own.cells[:, places]) for name, own in measured.items()}
+        settings = {**self._settings(applied), "direction": direction, "corrupted": note}
+        every = torch.ones(len(checked), dtype=torch.bool)
+        return self._assembler.restored(question, asked, Screened(answer_ids, measured, every), settings)
 
     def _ask_all(
         self,
@@ -289,122 +279,16 @@ class Tracer:
             asked.append(Asked(inputs.pixels(image), inputs.text_ids(question, answer), answer, foil))
         return asked
 
-    def _task(
-        self,
-        asked: Asked,
-        corruption: Corruption | None,
-        cells: tuple[Cell, ...],
-        direction: str,
-        vocabulary: bool,
-        *,
-        patches: bool,
-    ) -> tuple[engine.Task, str]:
-        return self._preparer.task(
-            self._vision, asked, corruption, cells, direction, vocabulary, patches=patches
-        )
-
     @property
     def _vision(self) -> Vision:
         if self.backend == "hooks":
             return HooksVision(self.model)
         return EngineVision(self.program, self.ops, self.memory)
 
-    def _question_text(self, question: str | Tensor, asked: Asked) -> str:
-        return question if isinstance(question, str) else self._inputs.text(asked.text_ids.tolist())
-
-    def _score(self, tasks: Sequence[engine.Task], progress: Progress | None) -> list[engine.Scores]:
-        if not tasks:
-            return []
-
-        report = None if progress is None else lambda done, total: progress(done / total)
-        if self.backend == "hooks":
-            return hooks.score(self.model, tasks, report)
-        return engine.score(self.program, self.ops, tasks, self.memory, report)
-
-    def _measure(
-        self, tasks: Sequence[engine.Task], request: Request, progress: Progress | None
-    ) -> list[Screened]:
-        """What was asked for, by the method asked for."""
-
-        def exactly(
-            tasks: Sequence[engine.Task], progress: Progress | None = None
-        ) -> list[tuple[Tensor, dict[str, Measured]]]:
-            return [
-                (own.answer_ids, measure_all(request.metrics, own.clean, own.corrupted, own.patched))
-                for own in self._score(tasks, progress)
-            ]
-
-        def all_cells(task: engine.Task, *, exact: bool) -> Tensor:
-            return torch.full((len(task.cells),), exact)
-
-        method = request.method
-        if method is None:
-            found = exactly(tasks, progress)
-            return [
-                Screened(*own, all_cells(task, exact=True)) for task, own in zip(tasks, found, strict=True)
-            ]
-        made = []
-        for number, task in enumerate(tasks):
-            if isinstance(method, Screen):
-                made.append(
-                    screen(self.model, task, request.metrics, method, lambda part: exactly([part])[0])
-                )
-            else:
-                own = estimate(self.model, task, request.metrics, method.steps)
-                made.append(Screened(*own, all_cells(task, exact=False)))
-            if progress is not None:
-                progress((number + 1) / len(tasks))
-        return made
-
-    def _result(
-        self,
-        question: str | Tensor,
-        asked: Asked,
-        request: Request,
-        grids: Mapping[tuple[str, str], Grid],
-        found: Screened,
-        settings: dict[str, Any],
-    ) -> TraceResult:
-        answer_ids = found.answer_ids.tolist()
-        if found.rank_correlation is not None:
-            settings["screen"] = {"rank_correlation": found.rank_correlation, "missed": found.missed}
-        ids = self._token_ids(asked, answer_ids)
-        stack_tokens, positions, maps, exact = {}, {}, {}, {}
-        first = 0
-        for (stack, kind), grid in grids.items():
-            labels = grid.labels or tuple(self._inputs.labels([ids[stack][t] for t in grid.positions]))
-            stack_tokens[stack], positions[stack] = labels, grid.positions
-            samples = len(found.measured[request.metrics[0]].low)
-            maps[stack, kind] = torch.empty(samples, *grid.shape)
-            exact[stack, kind] = found.exact[first : first + len(grid.cells)].view(grid.shape)
-            first += len(grid.cells)
-        unset = TraceResult(
-            restored=maps,
-            low_scores=torch.empty(0),
-            high_score=0.0,
-            positions=positions,
-            stack_tokens=stack_tokens,
-            question=self._question_text(question, asked),
-            answer=self._inputs.answer_text(answer_ids),
-            answer_ids=tuple(answer_ids),
-            settings=settings,
-            measured=found.measured,
-            exact=None if bool(found.exact.all()) else exact,
-            picture=self._inputs.picture(asked.pixels) if "vision" in request.stacks else None,
-        )
-        return unset.by(request.metrics[0])
-
-    def _token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
-        """The tokens of each text stack."""
-        text, begun = asked.text_ids.tolist(), list(answer_ids[:-1])
-        match self.program.task:
-            case "answer":
-                inputs = [text, [self.program.start_token, *begun]]
-            case "continue":
-                inputs = [[*text, *begun]]
-            case "match":
-                inputs = [text]
-        return {stack.name: ids for stack, ids in zip(self.program.texts, inputs, strict=True)}
+    @property
+    def _measurer(self) -> Measurer:
+        ops = None if self.backend == "hooks" else self.ops
+        return Measurer(self.model, self.program, ops, self.memory)
 
     def _settings(self, corruption: Corruption | None) -> dict[str, Any]:
         return {

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from blip_trace.schedule import Job, Plan, StackShape, plan
+from blip_trace.runs import Job
+from blip_trace.schedule import Plan, StackShape, plan
 from blip_trace.sites import KINDS, Cell, Shape, Site, grid_cells, window_layers
 
 LAYERS = 3

@@ -1,0 +1,117 @@
+"""Runs tasks by the backend and the method that were asked for, and says beforehand how long that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import engine, hooks
+from .attribution import Method, Screen, Screened, estimate, screen
+from .engine import Scores, Task
+from .metrics import Measured, measure_all
+from .ops import OpSet
+from .program import Program
+
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done, 0 to 1."""
+
+PROBE = (512, 768, 3072)
+PROBED_SECONDS = 0.05
+USUAL_SHARE = 0.8
+"""Of the rate of large products that a whole pass usually reaches."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a trace will take: cells (runs of all samples), operations of its matrix products where they are
+    counted, and about how many seconds on this machine."""
+
+    cells: int
+    operations: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """One model on one backend; ops is None for the hooks."""
+
+    model: Any
+    program: Program
+    ops: OpSet | None
+    memory: int
+
+    def score(self, tasks: Sequence[Task], progress: Progress | None) -> list[Scores]:
+        """Everything that is read of the tasks' runs."""
+        if not tasks:
+            return []
+        report = None if progress is None else lambda done, total: progress(done / total)
+        if self.ops is None:
+            return hooks.score(self.model, tasks, report)
+        return engine.score(self.program, self.ops, tasks, self.memory, report)
+
+    def exactly(
+        self, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None = None
+    ) -> list[tuple[Tensor, dict[str, Measured]]]:
+        """The answer of each task, and its metrics with every cell done."""
+        return [
+            (own.answer_ids, measure_all(metrics, own.clean, own.corrupted, own.patched))
+            for own in self.score(tasks, progress)
+        ]
+
+    def by(
+        self, method: Method | None, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None
+    ) -> list[Screened]:
+        """The same by any method; None: exactly."""
+        if method is None:
+            done = self.exactly(tasks, metrics, progress)
+            return [Screened(*own, _marks(task, exact=True)) for task, own in zip(tasks, done, strict=True)]
+        found = []
+        for number, task in enumerate(tasks):
+            if isinstance(method, Screen):
+                found.append(
+                    screen(self.model, task, metrics, method, lambda part: self.exactly([part], metrics)[0])
+                )
+            else:
+                guessed = estimate(self.model, task, metrics, method.steps)
+                found.append(Screened(*guessed, _marks(task, exact=False)))
+            if progress is not None:
+                progress((number + 1) / len(tasks))
+        return found
+
+    def forecast(self, tasks: Sequence[Task]) -> Forecast:
+        """What doing all cells exactly will take; measures the machine for a moment."""
+        cells = sum(task.samples * len(task.cells) for task in tasks)
+        if self.ops is None:
+            return Forecast(cells, None, self._seconds_of_hooks(tasks))
+        operations = engine.count_operations(self.program, tasks, self.memory)
+        return Forecast(cells, operations, operations / (USUAL_SHARE * self._rate(self.ops)))
+
+    def _seconds_of_hooks(self, tasks: Sequence[Task]) -> float:
+        seconds = 0.0
+        for task in tasks:
+            begin = time.perf_counter()
+            with torch.inference_mode():
+                hooks.run(self.model, task)
+            seconds += (time.perf_counter() - begin) * (2 + len(task.cells))
+        return seconds
+
+    def _rate(self, ops: OpSet) -> float:
+        """Operations a second in a product of the size that passes are made of."""
+        rows, depth, columns = PROBE
+        dtype = self.program.head.decoder.weight.dtype
+        x, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth, dtype=dtype)
+        ops.linear(x, weight, None)
+        done, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < PROBED_SECONDS:
+            ops.linear(x, weight, None)
+            done += 2 * rows * depth * columns
+        return done / (time.perf_counter() - begin)
+
+
+def _marks(task: Task, *, exact: bool) -> Tensor:
+    return torch.full((len(task.cells),), exact)
