@@ -75,7 +75,7 @@ class Subject:
     def trace(self, ops: OpSet) -> None:
         """The whole map by the engine, with the image encoded anew."""
         clean = engine.encode_image(self.program, ops, embed_patches(self.program.image, self.pixels))[0]
-        engine.score(self.program, ops, [self._task(clean)], engine.DEFAULT_MEMORY)
+        engine.score(self.program, ops, [self._task(clean)], None)
 
     @torch.inference_mode()
     def encoded_by_model(self) -> Tensor:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attribution import Attribution, Screen
     from .corruption import (
         GaussianNoise,
         ImageAblation,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .tracer import Tracer
 
 __all__ = [
+    "Attribution",
     "BackendUnavailableError",
     "Cell",
     "Cut",
@@ -35,6 +37,7 @@ __all__ = [
     "PatchNoise",
     "PixelNoise",
     "Restored",
+    "Screen",
     "Site",
     "Together",
     "TokenNoise",
@@ -52,6 +55,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 # Imported when first asked for: torch and transformers take seconds, and `--help` needs neither.
 _HOMES = {
+    "Attribution": "attribution",
     "BackendUnavailableError": "ops",
     "Cell": "sites",
     "Cut": "sites",
@@ -65,6 +69,7 @@ _HOMES = {
     "Together": "corruption",
     "TokenSwap": "corruption",
     "Restored": "result",
+    "Screen": "attribution",
     "Site": "sites",
     "TraceResult": "result",
     "Tracer": "tracer",

@@ -6,41 +6,28 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from . import __version__
+from . import cli_options as options
+
+if TYPE_CHECKING:
+    from .measuring import Forecast
+    from .result import TraceResult
 
 QUIET_SECONDS = 10.0
 """Between two progress lines where there is no terminal to draw a bar on."""
-
-DEFAULT_STACKS, DEFAULT_KINDS = "text_encoder,text_decoder", "hidden"
-NOISE, ENGINE = "Noise", "Engine"
-
-EXAMPLES = """
-Examples: the model that ships with the package, on your picture
-
-    blip-trace run --image scene.png --question "what color is this" --out traces
-
-a BLIP from the Hugging Face hub, several kinds of state, windows of three layers
-
-    blip-trace run --model Salesforce/blip-vqa-base --image cat.jpg \\
-        --question "what animal is this" --kinds hidden,mlp,cross_attn \\
-        --window 3 --dtype bfloat16 --out traces
-
-the joint probability of an answer of several tokens, under other noise
-
-    blip-trace run --image scene.png --question "where is the star" \\
-        --answer "top left" --mode add --mean 0 --std 3 --out traces
-"""
+ANNOUNCED_SECONDS = 3.0
+"""Work that will take longer is announced before it begins."""
 
 app = typer.Typer(
     name="blip-trace",
@@ -75,131 +62,113 @@ def _options(
     pass
 
 
-@app.command(epilog=EXAMPLES)
+@app.command(epilog=options.EXAMPLES)
 def run(
-    image: Annotated[Path, typer.Option(help="Image file: JPEG, PNG, WEBP, BMP or GIF.")],
-    question: Annotated[str, typer.Option(help="What to ask about it.")],
-    out: Annotated[Path, typer.Option(help="Folder for heatmaps and numbers; made if need be.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub name of a BlipForQuestionAnswering.", show_default="the one that ships"
-        ),
-    ] = None,
-    answer: Annotated[
-        str | None,
-        typer.Option(
-            help="Answer to score, all its tokens jointly.", show_default="first token of the model's own"
-        ),
-    ] = None,
-    stacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Stacks to map, by commas or repeated.", metavar="NAMES", show_default=DEFAULT_STACKS
-        ),
-    ] = None,
-    kinds: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Kinds of state to restore, likewise: hidden, hidden_after_self_attn, "
-            "hidden_after_cross_attn, self_attn, cross_attn, mlp, self_attn_head, cross_attn_head.",
-            metavar="NAMES",
-            show_default=DEFAULT_KINDS,
-        ),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Consecutive layers that one cell restores.")] = 1,
-    tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens of the question to map, from 0 or from -1 backwards; repeated.",
-            metavar="NUMBER",
-            show_default="all",
-        ),
-    ] = None,
-    direction: Annotated[
-        str,
-        typer.Option(
-            help="denoise: clean states into the corrupted run; noise: corrupted ones into the clean run."
-        ),
-    ] = "denoise",
-    samples: Annotated[
-        int, typer.Option(help="Draws of the noise; a map is their mean.", rich_help_panel=NOISE)
-    ] = 10,
-    mean: Annotated[
-        float, typer.Option(help="Mean of the noise on the image embeddings.", rich_help_panel=NOISE)
-    ] = 1.0,
-    std: Annotated[float, typer.Option(help="Its standard deviation.", rich_help_panel=NOISE)] = 5.0,
-    mode: Annotated[
-        str, typer.Option(help="multiply the embeddings by it, or add it.", rich_help_panel=NOISE)
-    ] = "multiply",
-    seed: Annotated[int, typer.Option(help="Its seed.", rich_help_panel=NOISE)] = 0,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="auto, native, reference, or hooks (slow; defines what is right).", rich_help_panel=ENGINE
-        ),
-    ] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.", rich_help_panel=ENGINE)] = "float32",
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU threads.", show_default="as torch chooses", rich_help_panel=ENGINE),
-    ] = None,
-    memory: Annotated[
-        int, typer.Option(min=1, help="MiB that the states of one pass may take.", rich_help_panel=ENGINE)
-    ] = 128,
+    image: options.Image,
+    question: options.Question,
+    out: options.Out,
+    model: options.Model = "vqa",
+    answer: options.Answer = None,
+    corrupt: options.Corrupt = None,
+    samples: options.Samples = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    mode: options.Mode = None,
+    seed: options.Seed = None,
+    span: options.Span = None,
+    distribution: options.Distribution = None,
+    absolute: options.Absolute = None,
+    swap: options.Swap = None,
+    swap_question: options.SwapQuestion = None,
+    ablation: options.Ablation = None,
+    reference: options.Reference = None,
+    box: options.Box = None,
+    blur: options.Blur = None,
+    stacks: options.Stacks = None,
+    kinds: options.Kinds = None,
+    tokens: options.Tokens = None,
+    patch_group: options.PatchGroup = None,
+    window: options.Window = 1,
+    direction: options.Direction = "denoise",
+    sever: options.Sever = None,
+    metrics: options.Metrics = None,
+    foil: options.Foil = None,
+    interval: options.Interval = None,
+    method: options.MethodName = "exact",
+    top: options.Top = None,
+    steps: options.Steps = None,
+    check: options.Check = None,
+    backend: options.Backend = "auto",
+    dtype: options.Dtype = "float32",
+    threads: options.Threads = None,
+    memory: options.Memory = None,
 ) -> None:
     """Trace one question about one image.
 
-    Writes into the folder a heatmap for each stack and kind (STACK-KIND.png), the means as trace.json, and
-    all samples as trace.safetensors (for blip_trace.TraceResult.load), and prints the maps. Bad input ends
-    with exit code 2 and one sentence, and writes nothing.
+    Writes into the folder a heatmap for each stack and kind (STACK-KIND.png; of the image encoder, drawn on
+    the picture, vision-KIND-image.png), the means as trace.json, and all samples as trace.safetensors (for
+    blip_trace.TraceResult.load), and prints the maps. Bad input ends with exit code 2 and one sentence, and
+    writes nothing.
     """
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     errors = Console(stderr=True)
+    noise = {"samples": samples, "mean": mean, "std": std, "mode": mode, "seed": seed, "span": span,
+             "distribution": distribution, "absolute": absolute, "swap": swap,
+             "swap-question": swap_question, "ablation": ablation, "reference": reference, "box": box,
+             "blur": blur}  # fmt: skip
     with _one_sentence_errors(errors), _staging(out) as staging:
         with errors.status("loading torch, transformers and the model"), _notes(errors):
-            from .sites import DIRECTIONS, check_maps, check_names
-
-            check_names("direction", direction, DIRECTIONS)
-            maps = check_maps(_names(stacks, DEFAULT_STACKS), _names(kinds, DEFAULT_KINDS), window)
-
             import torch
 
-            from .corruption import GaussianNoise
-            from .lowering.load import shipped_model
+            from .cli_corruption import count_samples, make_corruption, make_method
+            from .lowering.load import SHIPPED, shipped_model
+            from .request import check_request
+            from .sites import STACKS
             from .tracer import Tracer
+            from .uncertainty import bootstrap_interval
 
+            corruption = make_corruption(_names(corrupt) or ["embeddings"], noise)
+            chosen = make_method(method, {"top": top, "steps": steps, "check": check})
+            if interval is not None:  # refused now, not when all is done
+                bootstrap_interval(torch.zeros(count_samples(corruption), 1), interval, draws=1)
+            asked: dict[str, Any] = {
+                "stacks": _names(stacks) or None,
+                "kinds": _names(kinds) or ["hidden"],
+                "window": window,
+                "foil": foil,
+                "direction": direction,
+                "metrics": _names(metrics) or ["probability"],
+                "sever": _names(sever),
+                "patch_group": 1 if patch_group is None else patch_group,
+                "method": chosen,
+            }
+            if patch_group is not None and "vision" not in _names(stacks):
+                raise ValueError("--patch-group belongs to --stacks vision")
+            check_request(STACKS, **{**asked, "stacks": asked["stacks"] or STACKS})  # before a large model
             if threads is not None:
                 torch.set_num_threads(threads)
-            noise = GaussianNoise(mean, std, mode, samples, seed)  # type: ignore[arg-type]
             tracer = Tracer.from_pretrained(
-                model if model is not None else shipped_model(),
+                shipped_model(model) if model in SHIPPED else model,
                 dtype=dtype,
                 backend=backend,  # type: ignore[arg-type]
-                memory=memory * 2**20,
+                memory=None if memory is None else memory * 2**20,
             )
         started = time.perf_counter()
         with _progress(errors) as progress:
-            chosen = {"text_encoder": tokens} if tokens else None
             result = tracer.trace(
                 image,
                 question,
                 answer,
-                noise,
-                *maps,
-                window,
+                corruption,
                 progress=progress,
-                tokens=chosen,
-                direction=direction,
+                tokens=_tokens(_names(tokens), asked["stacks"] or tracer.stacks),
+                announce=_announcement(errors) if method == "exact" or check else None,
+                **asked,
             )
         seconds = time.perf_counter() - started
 
         with errors.status("writing"):
-            for stack, kind in result.restored:
-                result.plot(stack, kind, staging / f"{stack}-{kind}.png")
-            result.save(staging / "trace.safetensors")
-            content = json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False)
-            (staging / "trace.json").write_text(content + "\n", encoding="utf-8")
+            _write(result, staging, interval)
             written = sorted(part.name for part in staging.iterdir())
             for name in written:
                 (staging / name).replace(out / name)
@@ -218,9 +187,62 @@ def doctor() -> None:
     print_report(Console())
 
 
-def _names(given: list[str] | None, default: str) -> list[str]:
+def _names(given: list[str] | None) -> list[str]:
     """The names in options that may be repeated and may hold several, with commas between them."""
-    return [name.strip() for part in given or [default] for name in part.split(",")]
+    return [name.strip() for part in given or [] for name in part.split(",")]
+
+
+def _tokens(given: list[str], stacks: Sequence[str]) -> dict[str, list[int]]:
+    """Tokens by stack, of NUMBER for the first text stack among `stacks` and STACK:NUMBER for any."""
+    first = next((stack for stack in stacks if stack != "vision"), "vision")
+    tokens: dict[str, list[int]] = {}
+    for text in given:
+        stack, colon, number = text.rpartition(":")
+        try:
+            tokens.setdefault(stack if colon else first, []).append(int(number))
+        except ValueError:
+            raise ValueError(f"--tokens takes NUMBER or STACK:NUMBER, not {text!r}") from None
+    return tokens
+
+
+def _announcement(console: Console) -> Callable[[Forecast], None]:
+    """Says how long the work will take where it will take long."""
+
+    def announce(forecast: Forecast) -> None:
+        if forecast.seconds >= ANNOUNCED_SECONDS:
+            console.print(f"{forecast.cells:,} cells, about {_duration(forecast.seconds)}", highlight=False)
+
+    return announce
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _write(result: TraceResult, folder: Path, level: float | None) -> None:
+    """Plots by every metric, those of the first without its name, and the numbers.
+
+    The image encoder's map is drawn on the picture; as a heatmap too where it has few rows.
+    """
+    from .terminal import MAX_ROWS
+
+    by_metric = {}
+    for metric in result.measured:
+        shown = result.by(metric)
+        marked = "" if metric == result.metric else f"-{metric}"
+        for stack, kind in shown.restored:
+            if stack == "vision":
+                shown.plot_image(kind, folder / f"{stack}-{kind}{marked}-image.png")
+            if stack != "vision" or len(shown.tokens(stack)) <= MAX_ROWS:
+                shown.plot(stack, kind, folder / f"{stack}-{kind}{marked}.png", level=level)
+        numbers = shown.to_dict()
+        by_metric[metric] = {name: numbers[name] for name in ("high_score", "low_score", "maps")}
+    content = json.dumps({**result.to_dict(), "by_metric": by_metric}, ensure_ascii=False, allow_nan=False)
+    (folder / "trace.json").write_text(content + "\n", encoding="utf-8")
+    result.save(folder / "trace.safetensors")
 
 
 @contextmanager

@@ -29,6 +29,10 @@ from .sites import Cell
 DEFAULT_MEMORY = 128 * 2**20
 """Bytes of activations that a pass may take unless told otherwise: larger passes are hardly faster."""
 
+DEFAULT_IMAGE_MEMORY = 512 * 2**20
+"""The same where the image stack is traced: its runs are as large as the picture, and every pass takes the
+clean and the corrupted run along."""
+
 Progress = Callable[[int, int], None]
 """Called with operations done and operations in all."""
 
@@ -137,9 +141,10 @@ def stack_shape(stack: Stack) -> StackShape:
 
 @torch.inference_mode()
 def score(
-    program: Program, ops: OpSet, tasks: Sequence[Task], memory: int, progress: Progress | None = None
+    program: Program, ops: OpSet, tasks: Sequence[Task], memory: int | None, progress: Progress | None = None
 ) -> list[Scores]:
-    """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow.
+    """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow (None: as
+    the constants above).
 
     Tasks share a pass, and one that is too large for a pass is split, by samples first and then by cells;
     every part takes its clean and corrupted runs along, so the numbers stay the same but for rounding.
@@ -159,7 +164,7 @@ def score(
     return [_merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
 
 
-def count_operations(program: Program, tasks: Sequence[Task], memory: int) -> int:
+def count_operations(program: Program, tasks: Sequence[Task], memory: int | None) -> int:
     """What `score` will do, by formula: see `cost`."""
     passes = _passes(program, tasks, memory)
     return sum(cost.operations(program, plan_pass(program, [part for _, part in parts])) for parts in passes)
@@ -299,15 +304,17 @@ def plan_pass(program: Program, tasks: Sequence[Task]) -> Plan:
     return plan(image, tuple(map(stack_shape, program.texts)), jobs, states=len(tasks[0].clean))
 
 
-def _passes(program: Program, tasks: Sequence[Task], memory: int) -> Iterator[list[tuple[int, Task]]]:
+def _passes(program: Program, tasks: Sequence[Task], memory: int | None) -> Iterator[list[tuple[int, Task]]]:
     """Parts of tasks (number, part) that go through the model together."""
     parts: list[tuple[int, Task]] = []
     taken = 0
     for number, task in enumerate(tasks):
         run_bytes = _run_bytes(program, task)
-        for part in _split(task, max(2, memory // run_bytes)):
+        default = DEFAULT_IMAGE_MEMORY if task.patches else DEFAULT_MEMORY
+        budget = default if memory is None else memory
+        for part in _split(task, max(2, budget // run_bytes)):
             needed = run_bytes * (1 + part.samples * (1 + len(part.cells)))
-            if parts and (taken + needed > memory or parts[0][1].patches != part.patches):
+            if parts and (taken + needed > budget or parts[0][1].patches != part.patches):
                 yield parts
                 parts, taken = [], 0
             parts.append((number, part))

@@ -43,7 +43,7 @@ class Measurer:
     model: Any
     program: Program
     ops: OpSet | None
-    memory: int
+    memory: int | None
 
     def score(self, tasks: Sequence[Task], progress: Progress | None) -> list[Scores]:
         """Everything that is read of the tasks' runs."""

@@ -38,8 +38,8 @@ PANEL, GAP = 1.4, 0.14
 HEAD, SQUARE = 0.24, 0.1
 POINTS = 72
 """In an inch."""
-GREY = 0.6
-"""What black becomes in the picture."""
+FADED = 0.45
+"""How far the picture goes towards white: the map is to stand out, what is seen to be known still."""
 
 
 def plot_image(
@@ -62,7 +62,7 @@ def plot_image(
     if result.picture is None:
         raise ValueError("this trace kept no picture that its map could be drawn on")
     shown = _check_layers(layers, grid.shape[1])
-    picture = GREY + (1 - GREY) * result.picture.numpy().mean(2) / 255
+    picture = FADED + (1 - FADED) * result.picture.numpy() / 255
     edges = _edges(result)
     low, high, falls = color_scale(result, "vision", kind)
     style = {"cmap": _see_through(falls), "vmin": low, "vmax": high}
@@ -134,9 +134,9 @@ def _draw(
     values: npt.NDArray[np.float32],
     style: dict[str, Any],
 ) -> Any:
-    """One panel: the picture [H, W] in grey, and `values` [blocks] over it, row by row."""
+    """One panel: the picture [H, W, 3], and `values` [blocks] over it, row by row."""
     end, blocks = edges[-1], len(edges) - 1
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, end, end, 0))
+    axes.imshow(picture, extent=(0, end, end, 0))
     # as pixels in vector files too, where transparent blocks would show seams
     mesh = axes.pcolormesh(edges, edges, values.reshape(blocks, blocks), rasterized=True, **style)
     axes.set(xlim=(0, end), ylim=(end, 0), xticks=[], yticks=[])

@@ -80,11 +80,11 @@ class HooksVision:
 
 @dataclass(frozen=True)
 class EngineVision:
-    """That of the engine; `memory`: bytes of activations that it may take."""
+    """That of the engine; `memory`: bytes of activations that it may take, as in `engine.score`."""
 
     program: Program
     ops: OpSet
-    memory: int
+    memory: int | None
 
     def embed(self, pixels: Tensor) -> Tensor:
         """See `Vision`."""
@@ -99,7 +99,8 @@ class EngineVision:
         """See `Vision`."""
         image = self.program.image
         assert isinstance(image.embedding, PatchEmbedding)
-        return max(1, self.memory // (len(image.embedding.positions) * cost.row_bytes(image)))
+        memory = self.memory or engine.DEFAULT_MEMORY
+        return max(1, memory // (len(image.embedding.positions) * cost.row_bytes(image)))
 
 
 class Preparer:

@@ -18,6 +18,8 @@ from .result import TraceResult
 HUES = {"vision": (0, 109, 44), "text_encoder": (84, 39, 143), "text_decoder": (165, 15, 21)}
 """The darkest colour of each stack's maps: those of the heatmaps."""
 MAX_LABEL = 16
+MAX_ROWS = 80
+"""Of maps with more rows only the strongest cells are printed."""
 STRONGEST = 5
 
 
@@ -50,6 +52,7 @@ def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
     if seconds is not None:
         how = "{backend}, {dtype}, threads: {threads}".format_map(result.settings)
         rows.append(("traced", f"in {seconds:.2f} s ({how})"))
+    rows += _how_exact(result)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -61,11 +64,30 @@ def _summary(result: TraceResult, seconds: float | None) -> RenderableType:
     return Group(table, Text(warning, style="bold red"))
 
 
+def _how_exact(result: TraceResult) -> list[tuple[str, str]]:
+    """What the summary says of estimates, and of a screen's check."""
+    rows = []
+    if result.exact is not None:
+        done = sum(int(marks.sum()) for marks in result.exact.values())
+        cells = sum(marks.numel() for marks in result.exact.values())
+        rows.append(("exact", f"{done:,} of {cells:,} cells; ~ marks estimates of the others"))
+    if (screen := result.settings.get("screen")) is not None:
+        found = "rank correlation {rank_correlation:.2f}, {missed:.0%} of the largest effects missed"
+        rows.append(("check", found.format_map(screen)))
+    return rows
+
+
 def render_map(result: TraceResult, stack: str, kind: str) -> Text:
     """One map, as `TraceResult.view` cuts it: a row for each token or head, a column for each layer;
     hundredths of the metric, or of a power of ten where all of them are small, or whole numbers where some
-    are large."""
+    are large. Of more than `MAX_ROWS` rows, only what it is."""
     grid, rows, where = result.view(stack, kind)
+    state = "corrupted" if result.noising else "restored"
+    text = Text()
+    text.append(f"{stack}, {kind}{printable(where)}", style="bold")
+    text.append(f": {metric_title(result)} with that state {state}")
+    if len(rows) > MAX_ROWS:
+        return text.append(f" ({len(rows)} rows, not printed)")
     peak = max(float(grid.abs().max()), abs(result.high_score))
     exponent = 0 if peak >= 0.1 else max(-30, math.floor(math.log10(max(peak, 1e-30)))) + 1
     unit = f", in units of 1e{exponent}" if exponent else ""
@@ -77,10 +99,7 @@ def render_map(result: TraceResult, stack: str, kind: str) -> Text:
 
     labels = [printable(label) for label in rows]
     label_width = min(MAX_LABEL, max(map(cell_len, labels)))
-    state = "corrupted" if result.noising else "restored"
-    text = Text()
-    text.append(f"{stack}, {kind}{printable(where)}", style="bold")
-    text.append(f": {metric_title(result)} with that state {state}{unit}\n")
+    text.append(f"{unit}\n")
     text.append(" " * (label_width + 1))
     for layer in range(grid.shape[1]):
         text.append(f"{layer:>{width}}  ", style="dim")
@@ -105,6 +124,7 @@ def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STR
     noising, take most of it away."""
     grid = result.grid(stack, kind)  # [tokens, layers] or [heads, tokens, layers]
     shares = result.normalized(stack, kind)
+    exact = None if result.exact is None else result.exact[stack, kind].flatten()
     labels, places = result.tokens(stack), result.positions[stack]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("strongest")
@@ -117,13 +137,14 @@ def strongest_cells(result: TraceResult, stack: str, kind: str, count: int = STR
         rows, layer = divmod(cell, grid.shape[-1])
         head, token = divmod(rows, grid.shape[-2])
         share = float(shares.flatten()[cell])
+        mark = "" if exact is None or exact[cell] else "~"
         table.add_row(
             Text(
                 f"{printable(labels[token])} ({places[token]})"
                 + (f", head {head}" if grid.dim() == 3 else "")
             ),
             str(layer),
-            f"{float(grid.flatten()[cell]):.4g}",
+            f"{mark}{float(grid.flatten()[cell]):.4g}",
             "-" if math.isnan(share) else f"{100 * share:.0f} %",
         )
     return table

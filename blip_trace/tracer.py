@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from . import __version__, engine
+from . import __version__
 from .assemble import Assembler
 from .attribution import Screened
 from .corruption import Corruption, GaussianNoise, InputCorruption
@@ -44,9 +44,9 @@ class Tracer:
 
     backend: "native" (compiled), "reference" (the same engine in plain torch), "hooks" (one forward pass of
     the unmodified model for every cell: slow, and what defines right), or "auto": native where it was built,
-    else, with a warning, reference.
-    memory: bytes of activations that a pass may take; larger traces are split and give the same numbers but
-    for rounding.
+    else, with a warning, reference. memory: bytes of activations that a pass may take, unless given 128 MiB,
+    or 512 MiB where the image stack is traced; larger traces are split and give the same numbers but for
+    rounding.
 
     Raises ValueError for an unknown backend, for weights that are not finite and for a model that cannot be
     expressed, TypeError for another model, and `BackendUnavailableError`
@@ -58,7 +58,7 @@ class Tracer:
         model: Blip,
         processor: Any = None,
         backend: Backend = "auto",
-        memory: int = engine.DEFAULT_MEMORY,
+        memory: int | None = None,
     ) -> None:
         check_names("backend", [backend], BACKENDS)
         if not isinstance(model, MODELS):
@@ -66,7 +66,7 @@ class Tracer:
             raise TypeError(f"only {known} can be traced, not {type(model).__name__}")
         if model.device.type != "cpu":
             raise ValueError(f"the model is on {model.device}: this version traces on the CPU")
-        if memory < 2**20:
+        if memory is not None and memory < 2**20:
             raise ValueError(f"memory must be at least {2**20} bytes, not {memory}")
         for name, weight in model.named_parameters():
             if not bool(torch.isfinite(weight).all()):
@@ -86,7 +86,7 @@ class Tracer:
         device: str = "cpu",
         dtype: str = "float32",
         backend: Backend = "auto",
-        memory: int = engine.DEFAULT_MEMORY,
+        memory: int | None = None,
     ) -> Tracer:
         """Load a BLIP and its processor: safetensors only, no remote code.
 
