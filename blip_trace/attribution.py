@@ -24,7 +24,8 @@ from .hooks import Edit
 from .metrics import METRICS, Measured, Readings, check_foil
 from .sites import HEAD_KINDS, Cell, Site, check_names
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done."""
 
 
 def _check_count(what: str, count: object) -> None:
@@ -113,7 +114,7 @@ def estimate(
                 _estimate_sample(model, task.part(sample, sample + 1), modules, read, metrics, steps)
             )
             if progress is not None:
-                progress(sample + 1, task.samples)
+                progress((sample + 1) / task.samples)
     measured = {}
     for metric in metrics:
         low, effects = (torch.cat([part[metric][i] for part in parts]) for i in (0, 1))
@@ -126,7 +127,7 @@ def estimate(
 def _estimate_sample(
     model: Any,
     task: Task,
-    modules: Mapping[nn.Module, list[tuple[int, Site]]],
+    modules: Mapping[nn.Module, _Sites],
     read: Callable[[Tensor], Readings],
     metrics: Sequence[str],
     steps: int,
@@ -151,8 +152,8 @@ def _estimate_sample(
                     if gradient is None:  # what is read does not hang on it
                         continue
                     products = changes[module] * gradient.float() / steps
-                    for cell, site in modules[module]:
-                        effects[metric][0, cell, place] += _part(model, products[0, site.token], site).sum()
+                    sites = modules[module]
+                    effects[metric][0, :, place].index_add_(0, sites.cells, sites.sums(products[0]))
     return {metric: (METRICS[metric].of_token(low).float(), effects[metric]) for metric in metrics}
 
 
@@ -198,23 +199,39 @@ def _between(base: Task, other: Task, share: float) -> Task:
     )
 
 
-def _part(model: Any, values: Tensor, site: Site) -> Tensor:
-    """The channels [C] of a site's state: a head's are a part of them."""
-    if site.kind not in HEAD_KINDS:
-        return values
-    heads: int = model.config.text_config.num_attention_heads
-    part: Tensor = values.unflatten(0, (heads, -1))[site.head]
-    return part
+@dataclass(frozen=True)
+class _Sites:
+    """The sites at one module's output: which cell each belongs to, its token and its head, [n] each.
+    `heads`: into how many parts the channels fall, one where whole states are restored."""
+
+    cells: Tensor
+    tokens: Tensor
+    parts: Tensor
+    heads: int
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Of values [T, C] over the channels of each site: [n]."""
+        sums: Tensor = values.unflatten(1, (self.heads, -1)).sum(-1)[self.tokens, self.parts]
+        return sums
 
 
-def _modules(model: Any, cells: Sequence[Cell]) -> dict[nn.Module, list[tuple[int, Site]]]:
-    """The modules whose outputs are changed, with the cells (by number) and sites there."""
-    modules: dict[nn.Module, list[tuple[int, Site]]] = {}
+def _modules(model: Any, cells: Sequence[Cell]) -> dict[nn.Module, _Sites]:
+    """The modules whose outputs are changed, with what is changed there."""
+    found: dict[nn.Module, list[tuple[int, Site]]] = {}
     for number, cell in enumerate(cells):
         for site in cell.sites:
             module = hooks.site_module(model, site.stack, site.layer, site.kind)
-            modules.setdefault(module, []).append((number, site))
-    return modules
+            found.setdefault(module, []).append((number, site))
+    heads: int = model.config.text_config.num_attention_heads
+    return {
+        module: _Sites(
+            torch.tensor([number for number, _ in own]),
+            torch.tensor([site.token for _, site in own]),
+            torch.tensor([site.head or 0 for _, site in own]),
+            heads if own[0][1].kind in HEAD_KINDS else 1,
+        )
+        for module, own in found.items()
+    }
 
 
 def _outputs(model: Any, task: Task, modules: Iterable[nn.Module]) -> tuple[dict[nn.Module, Tensor], Tensor]:
@@ -284,7 +301,7 @@ def _effects(measured: Measured, metric: str, direction: str) -> Tensor:
 
 
 def rank_correlation(one: Tensor, two: Tensor) -> float:
-    """Spearman's, of [n] and [n]; ties have the mean of their ranks."""
+    """Spearman's, of [n] and [n]; ties have the mean of their ranks. 0 where all of either are equal."""
 
     def ranks(values: Tensor) -> Tensor:
         _, group, counts = values.unique(return_inverse=True, return_counts=True)
@@ -293,4 +310,4 @@ def rank_correlation(one: Tensor, two: Tensor) -> float:
         return mean[group]
 
     pair = torch.stack((ranks(one), ranks(two)))
-    return float(torch.corrcoef(pair)[0, 1])
+    return float(torch.corrcoef(pair)[0, 1].nan_to_num(0.0))

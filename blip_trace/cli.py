@@ -105,10 +105,10 @@ def run(
 ) -> None:
     """Trace one question about one image.
 
-    Writes into the folder a heatmap for each stack and kind (STACK-KIND.png; of the image encoder, drawn on
-    the picture, vision-KIND-image.png), the means as trace.json, and all samples as trace.safetensors (for
-    blip_trace.TraceResult.load), and prints the maps. Bad input ends with exit code 2 and one sentence, and
-    writes nothing.
+    Writes into the folder a heatmap for each stack and kind (STACK-KIND.png, by further metrics
+    STACK-KIND-METRIC.png; of the image encoder, drawn on the picture, vision-KIND-image.png), the means as
+    trace.json, and all samples as trace.safetensors (for blip_trace.TraceResult.load), and prints the maps.
+    Bad input ends with exit code 2 and one sentence, and writes nothing.
     """
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     errors = Console(stderr=True)

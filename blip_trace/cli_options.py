@@ -30,8 +30,8 @@ blip-trace run --image red.png --question "what color is the circle" \
 
 # noise on two words; what is restored cannot act through the MLPs
 blip-trace run --image scene.png --question "what color is the circle" \
-    --corrupt words --span "the circle" --sever mlp --interval 0.95 \
-    --out traces
+    --corrupt words --span "the circle" --std 6 --sever mlp \
+    --interval 0.95 --out traces
 
 # many cells: estimate all, do the hundred largest exactly
 blip-trace run --model Salesforce/blip-vqa-base --image cat.jpg \
@@ -97,7 +97,12 @@ Corrupt = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    _option("Noise: how many draws; a map is their mean.", CORRUPTION, "10", metavar="NUMBER"),
+    _option(
+        "Noise: how many draws, of which a map is the mean; 1 beside what is no noise.",
+        CORRUPTION,
+        "10",
+        metavar="NUMBER",
+    ),
 ]
 Mean = Annotated[
     float | None,

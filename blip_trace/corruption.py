@@ -352,7 +352,9 @@ def corrupt(corruption: Corruption, original: Original) -> Corrupted:
     if words is not None:
         words = _checked(words, original.words.shape, original.words.dtype)
     if images is not None and words is not None and len(images) != len(words):
-        raise ValueError(f"a corruption made {len(images)} samples of the image but {len(words)} of the text")
+        raise ValueError(
+            f"image and text must be corrupted in as many samples each, not in {len(images)} and {len(words)}"
+        )
     return Corrupted(images, words, made.note)
 
 

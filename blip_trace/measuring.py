@@ -72,15 +72,19 @@ class Measurer:
             return [Screened(*own, _marks(task, exact=True)) for task, own in zip(tasks, done, strict=True)]
         found = []
         for number, task in enumerate(tasks):
+
+            def tell(share: float, number: int = number) -> None:
+                if progress is not None:
+                    progress((number + share) / len(tasks))
+
+            def exactly(part: Task, tell: Progress = tell) -> tuple[Tensor, dict[str, Measured]]:
+                return self.exactly([part], metrics, tell)[0]
+
             if isinstance(method, Screen):
-                found.append(
-                    screen(self.model, task, metrics, method, lambda part: self.exactly([part], metrics)[0])
-                )
+                found.append(screen(self.model, task, metrics, method, exactly))
             else:
-                guessed = estimate(self.model, task, metrics, method.steps)
+                guessed = estimate(self.model, task, metrics, method.steps, tell)
                 found.append(Screened(*guessed, _marks(task, exact=False)))
-            if progress is not None:
-                progress((number + 1) / len(tasks))
         return found
 
     def forecast(self, tasks: Sequence[Task]) -> Forecast:

@@ -72,8 +72,9 @@ def _how_exact(result: TraceResult) -> list[tuple[str, str]]:
         cells = sum(marks.numel() for marks in result.exact.values())
         rows.append(("exact", f"{done:,} of {cells:,} cells; ~ marks estimates of the others"))
     if (screen := result.settings.get("screen")) is not None:
-        found = "rank correlation {rank_correlation:.2f}, {missed:.0%} of the largest effects missed"
-        rows.append(("check", found.format_map(screen)))
+        correlation, missed = screen["rank_correlation"], 100 * screen["missed"]
+        text = f"rank correlation {correlation:.2f}, {missed:.0f} % of the largest effects missed"
+        rows.append(("check", text))
     return rows
 
 

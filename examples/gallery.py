@@ -76,10 +76,10 @@ def minimal_pair(tracer: Tracer, out: Path) -> str:
         foil="yellow",
     )
     result.plot("text_encoder", "hidden", out / "minimal-pair.png")
-    rank = result.by("rank")
+    rank = result.by("rank").low_score
     return (
-        f"logit({result.answer}) - logit(yellow) is {result.high_score:.1f} clean and {result.low_score:.1f} on "
-        f"the other picture, where {result.answer!r} has rank {rank.low_score:.0f}"
+        f"logit({result.answer}) - logit(yellow) is {result.high_score:.1f} clean and {result.low_score:.1f} "
+        f"on the other picture, where {result.answer!r} has rank {rank:.0f}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import blip_trace
-from blip_trace import Tracer, TraceResult
+from blip_trace import Tracer, TraceResult, cli
 from blip_trace.cli import app
 
 QUESTION = "what color is the shape ?"
@@ -60,6 +61,8 @@ def test_writes_and_prints(tiny_folder: Path, image: Path, tmp_path: Path) -> No
 
     saved = TraceResult.load(out / "trace.safetensors")
     numbers = json.loads((out / "trace.json").read_text())
+    assert numbers.pop("by_metric") == {"probability": {name: numbers[name] for name in
+                                                        ("high_score", "low_score", "maps")}}  # fmt: skip
     assert numbers == json.loads(json.dumps(saved.to_dict()))
     assert numbers["answer"] == "red"
     assert numbers["settings"]["window"] == 2
@@ -108,6 +111,119 @@ def test_options_reach_the_trace(tiny_folder: Path, image: Path, tmp_path: Path)
     assert saved.settings["corruption"] == repr(noise)
 
 
+def test_the_image_encoder_is_drawn_on_the_picture(
+    tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--corrupt", "pixels", "--stacks", "vision,text_encoder", "--patch-group", 2)
+    assert trace(tiny_folder, image, tmp_path / "few", *given).exit_code == 0
+    few = ["text_encoder-hidden.png", "vision-hidden-image.png", "vision-hidden.png"]
+    assert sorted(file.name for file in (tmp_path / "few").glob("*.png")) == few
+    saved = TraceResult.load(tmp_path / "few" / "trace.safetensors")
+    assert saved.tokens("vision") == ("class", "0,0", "0,1", "1,0", "1,1")
+
+    monkeypatch.setattr("blip_trace.terminal.MAX_ROWS", 16)
+    result = trace(tiny_folder, image, tmp_path / "many", "--corrupt", "pixels", "--stacks", "vision")
+    assert [file.name for file in (tmp_path / "many").glob("*.png")] == ["vision-hidden-image.png"]
+    assert "(17 rows, not printed)" in result.stdout
+    assert "strongest" in result.stdout
+
+
+def test_several_metrics(tiny_folder: Path, image: Path, tmp_path: Path) -> None:
+    given = ("--metrics", "probability,logit_difference", "--answer", "red", "--foil", "blue")
+    result = trace(tiny_folder, image, tmp_path, "--stacks", "text_encoder", *given)
+    assert result.exit_code == 0, result.output
+    names = ["text_encoder-hidden-logit_difference.png", "text_encoder-hidden.png"]
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == names
+    numbers = json.loads((tmp_path / "trace.json").read_text())
+    saved = TraceResult.load(tmp_path / "trace.safetensors")
+    for metric in ("probability", "logit_difference"):
+        shown = saved.by(metric)
+        expected = {name: shown.to_dict()[name] for name in ("high_score", "low_score", "maps")}
+        assert numbers["by_metric"][metric] == expected
+    assert "P(answer)" in result.stdout
+    assert "logit" not in result.stdout.split("wrote")[0]
+
+
+def test_a_screen_says_what_is_exact(tiny_folder: Path, image: Path, tmp_path: Path) -> None:
+    given = ("--method", "screen", "--top", 2, "--steps", 2)
+    result = trace(tiny_folder, image, tmp_path, *given)
+    assert result.exit_code == 0, result.output
+    saved = TraceResult.load(tmp_path / "trace.safetensors")
+    assert saved.settings["method"] == "Screen(top=2, steps=2, check=False)"
+    cells = sum(maps[0].numel() for maps in saved.restored.values())
+    assert f"2 of {cells} cells; ~ marks estimates" in result.stdout
+    assert re.search(r" ~-?\d", result.stdout)
+    assert "rank correlation" not in result.stdout
+
+    result = trace(tiny_folder, image, tmp_path, *given, "--check")
+    screen = TraceResult.load(tmp_path / "trace.safetensors").settings["screen"]
+    expected = f"rank correlation {screen['rank_correlation']:.2f}, {100 * screen['missed']:.0f} % of the"
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize("method", ["attribution", "integrated_gradients"])
+def test_estimates_are_marked(tiny_folder: Path, image: Path, tmp_path: Path, method: str) -> None:
+    result = trace(tiny_folder, image, tmp_path, "--stacks", "text_encoder", "--method", method)
+    assert result.exit_code == 0, result.output
+    assert "0 of 16 cells" in result.stdout
+    strongest = result.stdout.split("strongest")[1].split("wrote")[0].strip().splitlines()[1:]
+    assert len(strongest) == 5
+    assert all("~" in line for line in strongest)
+
+
+def test_severed_paths_intervals_and_tokens_of_any_stack(
+    tiny_folder: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = []
+    plot = TraceResult.plot
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        levels.append(options["level"])
+        return plot(*arguments, **options)
+
+    monkeypatch.setattr(TraceResult, "plot", watched)
+    given = ("--sever", "self_attn, mlp", "--interval", 0.9, "--tokens", "0,-1", "--tokens", "text_decoder:0")
+    result = trace(tiny_folder, image, tmp_path, *given)
+    assert result.exit_code == 0, result.output
+    saved = TraceResult.load(tmp_path / "trace.safetensors")
+    assert saved.settings["sever"] == ["self_attn", "mlp"]
+    assert saved.positions == {"text_encoder": (0, 7), "text_decoder": (0,)}
+    assert levels == [0.9, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("options", "announced"),
+    [((), True), (("--method", "screen", "--check"), True), (("--method", "attribution"), False)],
+)
+def test_long_work_is_announced(
+    tiny_folder: Path,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Any,
+    announced: bool,
+) -> None:
+    monkeypatch.setattr("blip_trace.cli.ANNOUNCED_SECONDS", 0.0)
+    result = trace(tiny_folder, image, tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert bool(re.fullmatch(r"36 cells, about \d+ s\n", result.stderr)) == announced, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.2, "4 s"), (89, "89 s"), (170, "3 min"), (5300, "88 min"), (9000, "2.5 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert cli._duration(seconds) == text
+
+
+@pytest.mark.parametrize(("name", "question"), [("match", "a red circle"), ("caption", "")])
+def test_the_other_models_that_ship(image: Path, tmp_path: Path, name: str, question: str) -> None:
+    result = call("run", "--model", name, "--image", image, "--question", question, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    (stack,) = TraceResult.load(tmp_path / "trace.safetensors").stack_tokens
+    assert stack == {"match": "text_encoder", "caption": "text_decoder"}[name]
+
+
 def test_the_model_that_ships(image: Path, tmp_path: Path) -> None:
     result = call("run", "--image", image, "--question", "what color is the circle", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -122,6 +238,22 @@ def test_the_model_that_ships(image: Path, tmp_path: Path) -> None:
         (("--kinds", "hidden,"), "unknown kind ''"),
         (("--direction", "both"), "unknown direction 'both'"),
         (("--tokens", 40), "no token 40"),
+        (("--tokens", "first"), "--tokens takes NUMBER or STACK:NUMBER, not 'first'"),
+        (("--tokens", "vision:1"), "unknown stack 'vision'"),
+        (("--stacks", "text_decoder", "--tokens", "text_encoder:0"), "unknown stack 'text_encoder'"),
+        (("--patch-group", 2), "--patch-group belongs to --stacks vision"),
+        (("--sever", "hidden"), "unknown severed kind 'hidden'"),
+        (("--metrics", "surprise"), "unknown metric 'surprise'"),
+        (("--metrics", "logit_difference"), "logit_difference and a foil answer go together"),
+        (("--foil", "blue"), "logit_difference and a foil answer go together"),
+        (("--interval", 1.5), "level of an interval lies between 0 and 1"),
+        (("--samples", 1, "--interval", 0.9), "a single sample has no interval"),
+        (("--method", "guess"), "unknown method 'guess'"),
+        (("--top", 5), "--top belongs to --method screen, not to exact"),
+        (("--method", "attribution", "--check"), "--check belongs to --method screen, not to attribution"),
+        (("--method", "integrated_gradients", "--steps", 2), "belongs to --method attribution or screen"),
+        (("--method", "screen", "--top", 0), "top must be"),
+        (("--method", "screen", "--window", 2), "windows and severed paths need"),
         (("--stacks", "vision"), "vision"),
         (("--backend", "fast"), "unknown backend 'fast'"),
         (("--dtype", "float64"), "unknown dtype 'float64'"),
@@ -210,10 +342,10 @@ def test_help_and_version() -> None:
     top, run = call("--help").stdout, call("run", "--help").stdout
     assert "run" in top
     assert "doctor" in top
-    for option in ("--model", "--image", "--question", "--out", "--backend", "--dtype", "--samples", "--std",
-                   "--window", "--tokens", "--direction", "--kinds", "--stacks", "--seed",
-                   "--answer", "--threads"):  # fmt: skip
-        assert option in run
+    for option in inspect.signature(cli.run).parameters:
+        assert f"--{option.replace('_', '-')}" in run
+    for panel in ("Corruption", "What to restore", "What to measure", "Method", "Engine", "Examples"):
+        assert panel in run
     assert "Salesforce/blip-vqa-base" in run
 
 
