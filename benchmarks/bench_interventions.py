@@ -159,8 +159,7 @@ def test_attribution(benchmark: Any, gate: Gate, quick: bool) -> None:
     made = job(states())
 
     def estimate() -> None:
-        with torch.inference_mode(False):
-            attribution.estimate(made.model, made.task, ("probability",), steps=1)
+        attribution.estimate(made.model, made.task, ("probability",), steps=1)
 
     ours, taken = interleave(benchmark, 1 if quick else 3, estimate, loop_over(made))
     cells = len(made.task.cells)

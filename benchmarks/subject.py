@@ -89,6 +89,7 @@ class Subject:
         text = engine.plan_pass(self.program, [self.task])
         return cost.image_operations(self.program.image, image) + cost.operations(self.program, text)
 
+    @torch.inference_mode()
     def clean_states(self, cells: tuple[Cell, ...]) -> dict[Cell, Tensor]:
         """The clean state [C] of each of these one-site cells."""
         sites = {site for cell in cells for site in cell.sites}

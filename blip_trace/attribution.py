@@ -99,7 +99,7 @@ def estimate(
     The estimate is of each token of the answer; jointly, it is joined from those.
     """
     modules = _modules(model, task.cells)
-    with _frozen(model):
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
         with torch.no_grad():
             clean_logits = hooks.run(model, _clean(model, task.part(0, 1)))
         answer = clean_logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids

@@ -29,12 +29,10 @@ class Options(TypedDict, total=False):
     """Further options of a trace.
 
     tokens: for a text stack, the tokens whose states are restored, from 0 or from -1 backwards; all of them
-    in
-        a stack that is not named. Maps of heads have many cells: those of the last token alone are
+        in a stack that is not named. Maps of heads have many cells: those of the last token alone are
         `tokens={"text_encoder": [-1]}`.
     direction: "denoise", or "noise": corrupted states are put into the clean run, and what a cell shows is
-    how
-        much of the answer that leaves.
+        how much of the answer that leaves.
     metrics: what is measured, all in one pass: see `blip_trace.metrics.METRICS`. The first is what the result
         shows unless asked for another (`TraceResult.by`).
     sever: kinds among self_attn, cross_attn and mlp that keep, at the restored tokens, what they write in the
@@ -42,9 +40,8 @@ class Options(TypedDict, total=False):
     patch_group: in the vision stack a cell restores blocks of patch_group x patch_group patches; the class
         token is a cell of its own.
     method: "exact"; "attribution", which estimates all cells from one backward pass, or
-    "integrated_gradients",
-        from sixteen; "screen", which estimates them and does the fifty largest exactly; or an `Attribution`
-        or `Screen` with other numbers.
+        "integrated_gradients", from sixteen; "screen", which estimates them and does the fifty largest
+        exactly; or an `Attribution` or `Screen` with other numbers.
     """
 
     tokens: Mapping[str, Sequence[int]] | None

@@ -42,8 +42,8 @@ class Step:
     """How one sublayer is run, and how its batch becomes the next one's.
 
     starts [classes + 1]: first row of each class in the batch that the sublayer sees. prefixes [classes, 2]:
-    see `Layout.prefixes`. query_starts and
-    state_starts [groups + 1]: for cross-attention, the rows that share a set of states, and that set's rows.
+    see `Layout.prefixes`. query_starts and state_starts [groups + 1]: for cross-attention, the rows that
+    share a set of states, and that set's rows.
     residual_rows, update_rows [rows of the next batch]: see `reference.linear_add_norm`; None: unchanged.
     knockout: rows that stand behind the batch before it is projected.
     head_rows [P, heads]: rows that stand behind those, mixed from all before: head h of row p is that of row
@@ -83,9 +83,8 @@ class StackPlan:
 class Plan:
     """The plans of the stacks that are run, in order, and the rows of each run's answer.
 
-    answer_rows[j] [runs, A]: where the last stack holds what job j's
-    runs answer. Runs lie job after job: clean, corrupted samples, then cell after cell for the first sample,
-    for the second, and so on.
+    answer_rows[j] [runs, A]: where the last stack holds what job j's runs answer. Runs lie job after job:
+    clean, corrupted samples, then cell after cell for the first sample, for the second, and so on.
     """
 
     stacks: tuple[StackPlan, ...]

@@ -145,18 +145,15 @@ class Tracer:
 
         image: a PIL image, a path, or pixel_values [1, 3, H, W]; its encoding is cached across calls.
         question: a string, or input_ids [1, T]; padding at the end is ignored. Of a captioning model: what
-        the
-            caption begins with, perhaps nothing. Of a matching one: the text to match.
+            the caption begins with, perhaps nothing. Of a matching one: the text to match.
         answer: None for the first token of the model's own clean answer; a string, whose tokens are
             teacher-forced and scored by their joint probability; or a token id. Of a matching model: "match"
             (unless given) or "no match".
         corruption: what corrupts the image embeddings: an object of `blip_trace.corruption`, or a callable
             from [N, D] to [S, N, D]; `GaussianNoise()` (ten samples) unless given.
         stacks, kinds: which maps to make, of all text stacks unless given; kinds as in the table of the
-        README.
-            The vision stack's patches can
-            be restored where the corruption comes before them: noise on pixels or patches, another image, a
-            region hidden.
+            README. The vision stack's patches can be restored where the corruption comes before them: noise
+            on pixels or patches, another image, a region hidden.
         window: how many consecutive layers a cell restores, centred on its own.
         progress: called with the share of the work done.
         foil: for the metric logit_difference, the answer to compare with: at the first token where the two
@@ -234,8 +231,10 @@ class Tracer:
         cells: each a `Cell`, a `Site` or several sites, which are restored together in a run of their own, in
         any stack, layer, kind, token and head (`Cell.each` makes many from arrays). A cell may also keep
         sites frozen as they are in the run that is changed, and lack edges of attention (`Cell.knockout`).
-        Equal cells are computed once. corruption: as in `trace`, or "none": all runs start from the clean
-        input, and what cells change is what they cut. metrics, foil: as in `trace`. Everything else likewise.
+        Equal cells are computed once.
+        corruption: as in `trace`, or "none": all runs start from the clean input, and what cells change is
+        what they cut.
+        metrics, foil: as in `trace`. Everything else likewise.
 
         Raises ValueError for an empty list, an empty cell, and a site or an edge that this question or model
         does not have.

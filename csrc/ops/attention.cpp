@@ -1,6 +1,8 @@
 #include "attention.h"
 
-#include "products.h"
+#include <ATen/ops/scaled_dot_product_attention.h>
+
+#include "gemm.h"
 
 namespace blip_trace::ops {
 namespace {
@@ -50,7 +52,8 @@ struct Runner {
       else return kernels.attention<Q>().attend;
     }();
     attend(job.query + first * shape.query_stride, shape.query_stride, n,
-           {keys, words(shape.size), job.m}, values, shape.scale, shape.causal ? job.m - job.n + first + 1 : job.m,
+           {keys, words(shape.size), job.m}, values, shape.scale,
+           shape.causal ? job.m - job.n + first + 1 : job.m,
            job.out + first * shape.out_stride, shape.out_stride, work);
   }
 
@@ -133,6 +136,22 @@ void attend(const std::vector<AttentionJob<Q, KV>>& jobs, const AttentionShape& 
     }
   }
   Runner<Q, KV, false>{cpu::kernels(), shape}.run(jobs);
+}
+
+bool by_torch(const Tensor& query, std::int64_t n, std::int64_t m) {
+  constexpr std::int64_t rows_of_tiles = 32;
+  return n >= rows_of_tiles && m >= rows_of_tiles && query.scalar_type() == at::kBFloat16 &&
+         way_of(query) == Way::torch;
+}
+
+void attend_by_torch(const Tensor& query, const Tensor& keys, const Tensor& values,
+                     std::int64_t heads, bool causal, Tensor out) {
+  const auto by_head = [&](const Tensor& rows) {
+    return rows.unflatten(1, {heads, -1}).transpose(0, 1).unsqueeze(0);  // [1, H, rows, d]
+  };
+  const Tensor context = at::scaled_dot_product_attention(by_head(query), by_head(keys),
+                                                          by_head(values), std::nullopt, 0.0, causal);
+  by_head(out).copy_(context);
 }
 
 template void attend(const std::vector<AttentionJob<float, float>>&, const AttentionShape&);

@@ -30,6 +30,15 @@ struct AttentionShape {
 template <class Q, class KV>
 void attend(const std::vector<AttentionJob<Q, KV>>& jobs, const AttentionShape& shape);
 
+// Whether torch's attention is to be taken for all heads of n query rows on m keys: where the
+// processor has tiles for bfloat16 it uses them, which the kernels do not. A few rows do not fill
+// them.
+bool by_torch(const Tensor& query, std::int64_t n, std::int64_t m);
+
+// That: query [n, C], keys and values [m, C], `out` [n, C], heads side by side.
+void attend_by_torch(const Tensor& query, const Tensor& keys, const Tensor& values,
+                     std::int64_t heads, bool causal, Tensor out);
+
 extern template void attend(const std::vector<AttentionJob<float, float>>&, const AttentionShape&);
 extern template void attend(const std::vector<AttentionJob<float, bf16>>&, const AttentionShape&);
 extern template void attend(const std::vector<AttentionJob<bf16, bf16>>&, const AttentionShape&);

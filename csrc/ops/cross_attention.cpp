@@ -33,6 +33,11 @@ void project(const Args& a, const Group& g, Tensor& out) {
   const Tensor states = a.states.narrow(0, g.state, g.m);
   const Tensor keys = linear(states, a.key_weight, std::nullopt);
   const Tensor values = linear(states, a.value_weight, std::nullopt);
+  if (by_torch(a.query, g.n, g.m)) {
+    attend_by_torch(a.query.narrow(0, g.query, g.n), keys, values, a.heads, false,
+                    out.narrow(0, g.query, g.n));
+    return;
+  }
   std::vector<AttentionJob<T, T>> jobs;
   for (std::int64_t h = 0; h < a.heads; ++h) {
     const std::int64_t at = g.query * a.channels + h * a.size;

@@ -63,7 +63,8 @@ Way float32_way() {
 }
 
 Way bfloat16_way() {
-  const Way usual = cpu::has_amx_bf16() ? Way::torch : Way::own;
+  // Asked once: a virtual machine answers cpuid through its host, which takes as long as a product.
+  static const Way usual = cpu::has_amx_bf16() ? Way::torch : Way::own;
   const Way way = forced_way().value_or(usual);
   return way == Way::own && !has_bf16_products() ? Way::widened : way;
 }

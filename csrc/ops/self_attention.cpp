@@ -56,6 +56,13 @@ Tensor self_attention(const Tensor& qkv_in, const Tensor& starts,
       const std::int64_t first = marks[run], length = marks[run + 1] - first;
       if (length == 0) continue;
       const std::int64_t shared = before == nullptr ? 0 : before[2 * run + 1];
+      if (shared == 0 && by_torch(qkv, length, length)) {
+        const Tensor own = qkv.narrow(0, first, length);
+        attend_by_torch(own.narrow(1, 0, channels), own.narrow(1, channels, channels),
+                        own.narrow(1, 2 * channels, channels), heads, causal,
+                        out.narrow(0, first, length));
+        continue;
+      }
       const T* seen = rows + first * stride;
       if (shared > 0) {
         const T* prefix = rows + before[2 * run] * stride;
