@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from .files import write_whole
 from .metrics import METRICS
@@ -49,7 +50,8 @@ def plot_map(
 
     White is no effect, and cells beyond that are white too: see `TraceResult.color_range`. Of heads, those at
     one token: see `TraceResult.view`. level: cells are crossed out whose bootstrap interval of this level
-    holds no effect. Saved to `path` if given, whole or not at all; its ending names the format.
+    holds no effect. Where some cells are estimates, those done exactly have a dot. Saved to `path` if given,
+    whole or not at all; its ending names the format.
 
     Raises KeyError where the map was not traced, ValueError for an unknown format and for a level where
     `TraceResult.interval` does, OSError where the file cannot be written.
@@ -60,8 +62,11 @@ def plot_map(
     rows, layers = grid.shape
     notes = []
     if level is not None:
-        unsure = _holds_no_effect(result, stack, kind, token, level)
+        lower, upper = result.interval(stack, kind, level)
         notes.append(f"crossed: {100 * level:g}\N{NBSP}% interval holds no effect")
+
+    if result.exact is not None:
+        notes.append("dotted: done exactly; the others are estimates")
 
     width = min(MAX_WIDTH, max(MIN_WIDTH, layers * CELL))
     height = rows * CELL
@@ -73,7 +78,9 @@ def plot_map(
     mesh = axes.pcolormesh(grid, cmap=colors, vmin=low, vmax=high, edgecolors="white", linewidth=0.5)
     axes.invert_yaxis()
     if level is not None:
-        _cross_out(axes, unsure)
+        _mark(axes, view.cut((lower <= 0) & (upper >= 0)), marker=[(-1, -1), (1, 1)], markersize=7)
+    if result.exact is not None:
+        _mark(axes, view.cut(result.exact[stack, kind]), marker="o", markersize=1.5)
     _label(axes, view.labels, layers, width)
     write_title(axes, result, stack, kind + view.where, width, notes)
 
@@ -105,33 +112,20 @@ def metric_title(result: TraceResult) -> str:
     return f"{title}, token {result.answer_token % tokens} of the answer"
 
 
-def _holds_no_effect(
-    result: TraceResult, stack: str, kind: str, token: int | None, level: float
-) -> npt.NDArray[np.bool_]:
-    """Whether a cell's interval holds 0: [rows, layers], of the same rows as in `TraceResult.view`."""
-    lower, upper = result.interval(stack, kind, level)
-    unsure = (lower <= 0) & (upper >= 0)
-    if unsure.dim() == 3:  # heads, tokens, layers
-        shown = result.view(stack, kind, token).where
-        places = range(unsure.shape[1])
-        unsure = unsure[:, next(at for at in places if result.view(stack, kind, at).where == shown)]
-    return unsure.numpy()
-
-
-def _cross_out(axes: Axes, cells: npt.NDArray[np.bool_]) -> None:
-    """A small grey stroke through each of these cells, edged with white so that dark ones show it too."""
+def _mark(axes: Axes, cells: Tensor, **marker: Any) -> None:
+    """A grey mark in each of these cells [rows, layers], edged with white so that dark ones show it too."""
     from matplotlib.patheffects import withStroke
 
-    y, x = np.nonzero(cells)
+    y, x = np.nonzero(cells.numpy())
     axes.plot(
         x + 0.5,
         y + 0.5,
         linestyle="none",
-        marker=[(-1, -1), (1, 1)],
-        markersize=7,
         markeredgecolor="0.45",
+        markerfacecolor="0.45",
         markeredgewidth=0.8,
         path_effects=[withStroke(linewidth=1.8, foreground="white")],
+        **marker,
     )
 
 

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 class MapView(NamedTuple):
     """One map of a trace, ready to be shown: float32 [rows, layers], the rows' labels, and where it was cut
-    ("" for all of it)."""
+    ("" for all of it): `token`, by its place in a map of heads."""
 
     grid: Tensor
     labels: tuple[str, ...]
     where: str
+    token: int | None = None
+
+    def cut(self, values: Tensor) -> Tensor:
+        """Of values of the whole map's shape those that are shown: [rows, layers]."""
+        return values if self.token is None else values[:, self.token]
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,8 @@ class TraceResult:
             token = int(effect.amax((0, 2)).argmax())
         (token,) = check_tokens([token], len(labels))
         heads = tuple(f"head {head}" for head in range(len(grid)))
-        return MapView(grid[:, token], heads, f" at {labels[token]!r} ({self.positions[stack][token]})")
+        where = f" at {labels[token]!r} ({self.positions[stack][token]})"
+        return MapView(grid[:, token], heads, where, token)
 
     def tokens(self, stack: str) -> tuple[str, ...]:
         """Labels of a stack's tokens. Raises KeyError where the stack was not traced."""

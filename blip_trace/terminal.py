@@ -82,7 +82,7 @@ def render_map(result: TraceResult, stack: str, kind: str) -> Text:
     """One map, as `TraceResult.view` cuts it: a row for each token or head, a column for each layer;
     hundredths of the metric, or of a power of ten where all of them are small, or whole numbers where some
     are large. Of more than `MAX_ROWS` rows, only what it is."""
-    grid, rows, where = result.view(stack, kind)
+    grid, rows, where, _ = result.view(stack, kind)
     state = "corrupted" if result.noising else "restored"
     text = Text()
     text.append(f"{stack}, {kind}{printable(where)}", style="bold")

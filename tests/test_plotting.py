@@ -193,6 +193,16 @@ def test_crossed_heads_are_those_of_the_token_that_is_shown(token: int | None) -
     assert crossed(result.plot(*heads, token=token, level=0.95).axes[0]) == every - sure
 
 
+def test_cells_done_exactly_are_dotted() -> None:
+    """Of a screened map, and of no other."""
+    result = make({MAP: torch.rand(2, 2, 2)}, torch.tensor([0.1, 0.2]), 0.9, **TWO_WORDS)
+    marks = torch.tensor([[True, False], [True, True]])
+    figure = replace(result, exact={MAP: marks}).plot(*MAP)
+    assert crossed(figure.axes[0]) == {(row, layer) for row, layer in marks.nonzero().tolist()}
+    assert "dotted: done exactly; the others are estimates" in texts(figure)
+    assert not result.plot(*MAP).axes[0].lines
+
+
 def test_a_level_needs_samples_and_lies_between_0_and_1(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="single sample"):
         trace("rising", samples=1).plot(*MAP, tmp_path / "map.png", level=0.95)

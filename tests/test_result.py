@@ -203,7 +203,7 @@ def test_a_map_of_heads(tmp_path: Path) -> None:
     samples = torch.full((3, 2, 3, 4), 0.2)  # heads, tokens, layers
     samples[:, 1, 2, 3] = 0.8
     result = make(restored={heads: samples}, positions={"text_encoder": (4, 6, 8)})
-    grid, rows, where = result.view(*heads)
+    grid, rows, where, _ = result.view(*heads)
     assert torch.equal(grid, samples.mean(0)[:, 2])  # at the token of the strongest head
     assert rows == ("head 0", "head 1")
     assert where == " at '?' (8)"
