@@ -46,8 +46,8 @@ def test_estimates_are_right_to_first_order(stack: str, kinds: tuple[str, ...], 
             "patch_group": 4,
             "direction": direction,
         }
-        exact = effects(traced("hooks", "float64", **options))
-        guessed = effects(traced("hooks", "float64", method=Attribution(steps), **options))
+        exact = effects(traced("reference", "float64", **options))
+        guessed = effects(traced("reference", "float64", method=Attribution(steps), **options))
         return float((guessed - exact).abs().max() / exact.abs().max())
 
     large, small = error(0.1, 1), error(0.01, 1)
@@ -58,7 +58,7 @@ def test_estimates_are_right_to_first_order(stack: str, kinds: tuple[str, ...], 
 
 def test_words_can_be_corrupted() -> None:
     options: dict[str, Any] = {"corruption": blip_trace.TokenNoise(std=0.05, samples=2), "metrics": ["logit"]}
-    exact, guessed = (traced("hooks", "float64", method=m, **options) for m in ("exact", "attribution"))
+    exact, guessed = (traced("reference", "float64", method=m, **options) for m in ("exact", "attribution"))
     assert (effects(guessed) - effects(exact)).abs().max() < 0.1 * effects(exact).abs().max()
 
 

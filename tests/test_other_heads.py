@@ -19,7 +19,7 @@ from blip_trace.scenes import random_scene
 SCENE = random_scene(Random(11))
 IMAGE = SCENE.render(64)
 CAPTION = caption(SCENE.objects)
-KINDS = ("hidden", "self_attn", "cross_attn", "mlp", "cross_attn_head")
+KINDS = ("hidden", "cross_attn", "self_attn_head")
 ASKED: dict[str, dict[str, Any]] = {
     "caption": {"question": "", "answer": CAPTION, "corruption": GaussianNoise(std=1.0, samples=2)},
     "caption begun": {
