@@ -154,15 +154,14 @@ def test_intervention(benchmark: Any, gate: Gate, quick: bool, name: str) -> Non
     gate(found)
 
 
-def test_attribution(benchmark: Any, gate: Gate, quick: bool) -> None:
+@pytest.mark.parametrize("name", ["attribution", "attribution of the image stack"])
+def test_attribution(benchmark: Any, gate: Gate, quick: bool, name: str) -> None:
     """One backward pass for the whole map, against doing its cells by hooks."""
-    made = job(states())
+    made = job(states()) if name == "attribution" else image_stack()
 
     def estimate() -> None:
         attribution.estimate(made.model, made.task, ("probability",), steps=1)
 
     ours, taken = interleave(benchmark, 1 if quick else 3, estimate, loop_over(made))
     cells = len(made.task.cells)
-    gate(
-        {"base float32, attribution: lean hook loop": (taken["one cell"] - taken["no cells"]) * cells / ours}
-    )
+    gate({f"base float32, {name}: lean hook loop": (taken["one cell"] - taken["no cells"]) * cells / ours})

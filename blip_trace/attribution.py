@@ -21,16 +21,11 @@ from torch import Tensor, nn
 from . import hooks
 from .engine import Task
 from .hooks import Edit
-from .metrics import METRICS, Measured, Readings, check_foil
-from .sites import HEAD_KINDS, Cell, Site, check_names
+from .metrics import METRICS, Measured, Readings, check_foil, joined
+from .sites import HEAD_KINDS, Cell, Site, check_count, check_names
 
 Progress = Callable[[float], None]
 """Called with the share of the work that is done."""
-
-
-def _check_count(what: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1, not {count!r}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Attribution:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps)
+        check_count("steps", self.steps)
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class Screen:
     check: bool = False
 
     def __post_init__(self) -> None:
-        _check_count("top", self.top)
-        _check_count("steps", self.steps)
+        check_count("top", self.top)
+        check_count("steps", self.steps)
 
 
 Method = Attribution | Screen
@@ -179,10 +174,7 @@ def _given(task: Task) -> Task:
 def _clean(model: Any, task: Task) -> Task:
     """The task of one sample with its clean input in the place of the corrupted one."""
     task = _given(task)
-    words = None
-    if task.words is not None:
-        table: Tensor = model.get_input_embeddings().weight
-        words = table.detach()[task.text_ids][None]
+    words = None if task.words is None else hooks.clean_words(model, task.text_ids)[None]
     return replace(task, corrupted=None if task.corrupted is None else task.clean[None], words=words)
 
 
@@ -222,7 +214,7 @@ def _modules(model: Any, cells: Sequence[Cell]) -> dict[nn.Module, _Sites]:
         for site in cell.sites:
             module = hooks.site_module(model, site.stack, site.layer, site.kind)
             found.setdefault(module, []).append((number, site))
-    heads: int = model.config.text_config.num_attention_heads
+    heads = hooks.text_heads(model)
     return {
         module: _Sites(
             torch.tensor([number for number, _ in own]),
@@ -274,7 +266,7 @@ def screen(
 ) -> Screened:
     """Estimate all cells, then do those with the largest effects exactly."""
     answer, estimated = estimate(model, task, metrics, method.steps)
-    guessed = _effects(estimated[metrics[0]], metrics[0], task.direction)
+    guessed = _effects(estimated, metrics[0], task.direction)
     top = min(method.top, len(guessed))
     best = guessed.abs().topk(top).indices.sort().values
     numbers = range(len(guessed)) if method.check else best.tolist()
@@ -288,15 +280,15 @@ def screen(
         measured[metric] = Measured(cells, done[metric].low, done[metric].high)
     if not method.check:
         return Screened(answer, measured, exact)
-    truth = _effects(done[metrics[0]], metrics[0], task.direction)
+    truth = _effects(done, metrics[0], task.direction)
     largest = truth.abs().topk(top).indices
     missed = 1 - float(exact[largest].double().mean())
     return Screened(answer, measured, exact, rank_correlation(guessed, truth), missed)
 
 
-def _effects(measured: Measured, metric: str, direction: str) -> Tensor:
+def _effects(measured: Mapping[str, Measured], metric: str, direction: str) -> Tensor:
     """Mean indirect effect of each cell [cells], of the whole answer."""
-    cells, low, high = measured.joined(metric, None)
+    cells, low, high = joined(measured, metric, None)
     return (cells - low[:, None] if direction == "denoise" else high - cells).mean(0)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sites import check_count
+
 Edit = Callable[[Tensor, slice], Tensor]
 """Takes the embedded patches [B, N, D] of these samples and returns what is to be encoded in their place."""
 
@@ -85,7 +87,7 @@ class _Noise:
     def __post_init__(self) -> None:
         if self.mode not in ("multiply", "add"):
             raise ValueError(f"unknown noise mode {self.mode!r}: choose multiply or add")
-        _check_samples(self.samples)
+        check_count("samples", self.samples)
         if not math.isfinite(self.mean):
             raise ValueError(f"the noise's mean must be a finite number, not {self.mean!r}")
         _check_std(self.std)
@@ -163,7 +165,7 @@ class TokenNoise:
     def __post_init__(self) -> None:
         if self.distribution not in ("gaussian", "uniform"):
             raise ValueError(f"unknown distribution {self.distribution!r}: choose gaussian or uniform")
-        _check_samples(self.samples)
+        check_count("samples", self.samples)
         _check_std(self.std)
 
     def corrupt(self, original: Original) -> Corrupted:
@@ -367,11 +369,6 @@ def _checked(corrupted: object, shape: Sequence[int], dtype: torch.dtype) -> Ten
     if not bool(torch.isfinite(corrupted).all()):
         raise ValueError("the corruption made NaN or infinite embeddings")
     return corrupted.to(dtype)
-
-
-def _check_samples(samples: object) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples must be a whole number of at least 1, not {samples!r}")
 
 
 def _check_std(std: float) -> None:

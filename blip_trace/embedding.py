@@ -9,7 +9,7 @@ from torch import Tensor
 from .program import Norm, PatchEmbedding, Program, Stack, TokenEmbedding
 
 
-def _words(stack: Stack) -> Tensor:
+def word_table(stack: Stack) -> Tensor:
     """The table of word embeddings [V, C]."""
     assert isinstance(stack.embedding, TokenEmbedding)
     return stack.embedding.words
@@ -26,13 +26,13 @@ def embed_text(
     assert isinstance(stack.embedding, TokenEmbedding)
     begun = text_ids[:0] if answer_ids is None else answer_ids[:-1]
     if stack is not program.texts[0]:
-        words = _words(stack)[torch.cat((torch.tensor([program.start_token]), begun))][None]
+        words = word_table(stack)[torch.cat((torch.tensor([program.start_token]), begun))][None]
     else:
-        words = _words(stack)[text_ids][None]
+        words = word_table(stack)[text_ids][None]
         if corrupted is not None:
             words = torch.cat((words, corrupted))
         if program.task == "continue":
-            behind = _words(stack)[begun].expand(len(words), -1, -1)
+            behind = word_table(stack)[begun].expand(len(words), -1, -1)
             words = torch.cat((words, behind), dim=1)
     positions = stack.embedding.positions[: words.shape[1]]
     return layer_norm(words + positions, stack.embedding.norm).flatten(0, 1)

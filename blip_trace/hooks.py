@@ -163,19 +163,26 @@ def run(model: Any, task: Task) -> Tensor:
     words = task.words
     edits: dict[nn.Module, Edit] = {}
     if words is not None:
-        stack = model.text_decoder.bert if _one_stack(model) else model.text_encoder
 
         def corrupted(embedded: Tensor) -> Tensor:
             # a copy, for transformers adds the positions to it in place
             return torch.cat((words, embedded.expand(len(words), -1, -1)[:, words.shape[1] :]), dim=1)
 
-        edits[stack.embeddings.word_embeddings] = corrupted
+        edits[model.get_input_embeddings()] = corrupted
     with editing(edits):
         return answer_logits(model, task, images)
 
 
-def _one_stack(model: Any) -> bool:
-    return isinstance(model, BlipForConditionalGeneration)
+def clean_words(model: Any, text_ids: Tensor) -> Tensor:
+    """Embeddings [T, C] of a text's tokens [T], before positions and norm."""
+    table: Tensor = model.get_input_embeddings().weight
+    return table.detach()[text_ids]
+
+
+def text_heads(model: Any) -> int:
+    """Heads of each attention of the text stacks."""
+    heads: int = model.config.text_config.num_attention_heads
+    return heads
 
 
 def readings(logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: Tensor | None) -> Readings:
@@ -227,8 +234,8 @@ def _patching(model: Any, states: Mapping[Site, Tensor], cuts: Iterable[Cut]) ->
             for site in own:
                 here, there = output[:, site.token], states[site]  # [S, C], [S or 1, C]
                 if site.head is not None:
-                    heads = model.config.text_config.num_attention_heads
-                    here, there = (state.unflatten(1, (heads, -1))[:, site.head] for state in (here, there))
+                    parts = (1, (text_heads(model), -1))
+                    here, there = (state.unflatten(*parts)[:, site.head] for state in (here, there))
                 here.copy_(there)
             return output
 

@@ -66,6 +66,11 @@ def check_metrics(metrics: Sequence[str], foil: object) -> tuple[str, ...]:
     return metrics
 
 
+def take_vocabulary(metrics: Sequence[str]) -> bool:
+    """Whether one of them takes the logits of all words."""
+    return any(METRICS[metric].vocabulary for metric in metrics)
+
+
 def check_foil(answer: Tensor, foil: Tensor) -> Tensor:
     """Tokens [A] to compare the answer's [A] with: the answer's own but for the first at which the two part,
     so that both have the same words before them.
@@ -105,19 +110,24 @@ class Measured:
     low: Tensor
     high: Tensor
 
-    def joined(self, metric: str, token: int | None) -> tuple[Tensor, Tensor, float]:
-        """The same of one token of the answer, or of all of them jointly: [samples, cells], [samples],
-        number."""
-        if token is None:
-            join = METRICS[metric].joint
-        else:
-            if not -self.high.shape[-1] <= token < self.high.shape[-1]:
-                raise ValueError(f"the answer has no token {token}: it has {self.high.shape[-1]}")
 
-            def join(values: Tensor) -> Tensor:
-                return values[..., token]
+def joined(measured: Mapping[str, Measured], metric: str, token: int | None) -> tuple[Tensor, Tensor, float]:
+    """Cells [samples, cells], low [samples] and high of one token of the answer, or of all of them jointly.
 
-        return join(self.cells), join(self.low), float(join(self.high))
+    Raises KeyError for a metric that is not among those measured, ValueError for a token that the answer does
+    not have.
+    """
+    if metric not in measured:
+        raise KeyError(f"{metric!r} was not measured: there are {', '.join(measured)}")
+    own, join = measured[metric], METRICS[metric].joint
+    if token is not None:
+        if not -own.high.shape[-1] <= token < own.high.shape[-1]:
+            raise ValueError(f"the answer has no token {token}: it has {own.high.shape[-1]}")
+
+        def join(values: Tensor) -> Tensor:
+            return values[..., token]
+
+    return join(own.cells), join(own.low), float(join(own.high))
 
 
 def measure_all(

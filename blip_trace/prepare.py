@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cost, engine, hooks
 from .corruption import Corrupted, Corruption, Edit, Original, corrupt
-from .embedding import embed_patches
+from .embedding import embed_patches, word_table
 from .inputs import Inputs
 from .ops import OpSet
 from .program import PatchEmbedding, Program
@@ -106,8 +106,7 @@ class EngineVision:
 class Preparer:
     """Prepares the questions of one model. Encoded images are cached."""
 
-    def __init__(self, model: Any, program: Program, inputs: Inputs) -> None:
-        self._model = model
+    def __init__(self, program: Program, inputs: Inputs) -> None:
         self._program = program
         self._inputs = inputs
         self._states: OrderedDict[bytes, Tensor] = OrderedDict()
@@ -173,8 +172,7 @@ class Preparer:
 
     @property
     def _word_table(self) -> Tensor:
-        table: Tensor = self._model.get_input_embeddings().weight
-        return table.detach()
+        return word_table(self._program.texts[0])
 
     @cached_property
     def _words_std(self) -> float:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from .attribution import Method, check_method
-from .metrics import METRICS, check_metrics
+from .metrics import check_metrics, take_vocabulary
 from .sites import (
     DIRECTIONS,
     HEAD_KINDS,
     KINDS,
     Cell,
     Shape,
+    check_count,
     check_maps,
     check_names,
     check_tokens,
@@ -80,7 +81,7 @@ class Request:
     @property
     def vocabulary(self) -> bool:
         """Whether a metric takes the logits of all words."""
-        return any(METRICS[metric].vocabulary for metric in self.metrics)
+        return take_vocabulary(self.metrics)
 
     def grids(self, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Grid]:
         """The maps of a question whose stacks have these shapes, by (stack, kind).
@@ -131,8 +132,7 @@ def check_request(
     """A request for maps of a model that has the stacks `known`. Raises ValueError, in one sentence."""
     stacks, kinds = check_maps(stacks, kinds, window, known)
     check_names("direction", direction, DIRECTIONS)
-    if isinstance(patch_group, bool) or not isinstance(patch_group, int) or patch_group < 1:
-        raise ValueError(f"patch_group must be a whole number of patches of at least 1, not {patch_group!r}")
+    check_count("patch_group", patch_group, "patches")
     if tokens:
         check_names("stack", list(tokens), [stack for stack in stacks if stack != "vision"])
     metrics = check_metrics(metrics, foil)

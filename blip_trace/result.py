@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import METRICS, Measured
+from .metrics import METRICS, Measured, joined
 from .sites import check_tokens
 from .uncertainty import Comparison, bootstrap_interval, paired_test, standard_error
 
@@ -73,9 +73,7 @@ class TraceResult:
         (clean - corrupted). Raises KeyError for a metric that was not asked for, ValueError for a token that
         the answer does not have.
         """
-        if metric not in self.measured:
-            raise KeyError(f"{metric!r} was not measured: there are {', '.join(self.measured)}")
-        cells, low, high = self.measured[metric].joined(metric, token)
+        cells, low, high = joined(self.measured, metric, token)
         maps, first = {}, 0
         for name, now in self.restored.items():
             count = now[0].numel()
@@ -310,7 +308,5 @@ class Restored:
 
     def by(self, metric: str, token: int | None = None) -> Restored:
         """As `TraceResult.by`."""
-        if metric not in self.measured:
-            raise KeyError(f"{metric!r} was not measured: there are {', '.join(self.measured)}")
-        cells, low, high = self.measured[metric].joined(metric, token)
+        cells, low, high = joined(self.measured, metric, token)
         return replace(self, scores=cells, low_scores=low, high_score=high, metric=metric, answer_token=token)

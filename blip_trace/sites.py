@@ -255,6 +255,14 @@ def patch_groups(side: int, block: int) -> dict[str, tuple[int, ...]]:
     return groups
 
 
+def check_count(what: str, count: object, of: str = "") -> None:
+    """Raises ValueError where `count` is no whole number, `of` whatever is counted, of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(
+            f"{what} must be a whole number {f'of {of} ' if of else ''}of at least 1, not {count!r}"
+        )
+
+
 def check_names(what: str, names: Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
     """`names` as a tuple without repetitions, in their order.
 
@@ -279,8 +287,7 @@ def check_maps(
     Raises ValueError for an unknown or missing name, for a kind that a stack does not have, and for a window
     that is no whole number of layers.
     """
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a whole number of layers of at least 1, not {window!r}")
+    check_count("window", window, "layers")
     stacks, kinds = check_names("stack", stacks, known), check_names("kind", kinds, KINDS)
     if "vision" in stacks:
         for kind in kinds:

@@ -22,7 +22,7 @@ from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
 from .measuring import Forecast, Measurer, Progress
-from .metrics import METRICS, check_foil, check_metrics
+from .metrics import check_foil, check_metrics, take_vocabulary
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .prepare import Asked, EngineVision, HooksVision, Preparer, Vision, Wanted
 from .program import Program
@@ -76,7 +76,7 @@ class Tracer:
         self.memory = memory
         self.backend = _choose_backend(backend)
         self._inputs = Inputs(model.config, processor, self.program.task)
-        self._preparer = Preparer(model, self.program, self._inputs)
+        self._preparer = Preparer(self.program, self._inputs)
         self._assembler = Assembler(self.program, self._inputs)
 
     @classmethod
@@ -247,8 +247,7 @@ class Tracer:
         checked = check_cells(cells, self._preparer.shapes(asked))
         distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
         stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
-        vocabulary = any(METRICS[metric].vocabulary for metric in metrics)
-        wanted = Wanted(tuple(distinct), direction, vocabulary, "vision" in stacks)
+        wanted = Wanted(tuple(distinct), direction, take_vocabulary(metrics), "vision" in stacks)
         task, note = self._preparer.task(self._vision, asked, applied, wanted)
         ((answer_ids, measured),) = self._measurer.exactly([task], metrics, progress)
         places = [distinct[cell] for cell in checked]

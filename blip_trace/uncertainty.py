@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .sites import check_count
+
 EXACT_SAMPLES = 14
 """Up to so many samples all flips of signs are tried; beyond, 20,000 random ones."""
 RANDOM_FLIPS = 20_000
@@ -35,8 +37,7 @@ def bootstrap_interval(
         raise ValueError("a single sample has no interval: trace several samples of the noise")
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval lies between 0 and 1, not at {level!r}")
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be a whole number of at least 1, not {draws!r}")
+    check_count("draws", draws)
     count = len(samples)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (draws, count), generator=generator)

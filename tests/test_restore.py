@@ -66,11 +66,17 @@ def test_equal_cells_and_sites_alone() -> None:
 
 def test_answers_of_several_tokens_are_joint() -> None:
     restored = tracer("native").restore(
-        IMAGE, ask("position").text, some_cells(5), answer="top left", corruption=GaussianNoise(samples=2)
+        IMAGE,
+        ask("position").text,
+        some_cells(5),
+        answer=ask("position").answer,
+        corruption=GaussianNoise(samples=2),
     )
     assert restored.measured["probability"].cells.shape == (2, 5, 2)
     first, second = (restored.by("probability", token).scores for token in (0, 1))
     torch.testing.assert_close(first * second, restored.scores)
+    assert restored.high_score > 0.5
+    assert restored.scores.max() - restored.scores.min() > 1e-3
 
 
 @pytest.mark.parametrize(

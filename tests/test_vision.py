@@ -96,16 +96,26 @@ def test_restoring_every_patch_of_the_last_layer_is_the_clean_answer() -> None:
 
 def test_cells_across_image_and_text() -> None:
     cells = [
-        Cell.of([Site("vision", 1, "hidden", 7), Site("text_encoder", 2, "cross_attn", 3)]),
-        Cell.of([Site("vision", 2, "mlp", 0)], frozen=[Site("vision", 3, "self_attn", 0)]),
+        Cell.of(
+            [Site("vision", 1, "hidden", token) for token in range(50)]
+            + [Site("text_encoder", 2, "cross_attn", 3)]
+        ),
+        Cell.of(
+            [Site("vision", 2, "hidden", token) for token in range(60)],
+            frozen=[Site("vision", 3, "self_attn", token) for token in range(0, 65, 2)],
+        ),
         Cell.knockout("text_encoder", "cross_attn", range(7), [1, 2, 3], [0, 1]),
     ]
     for corruption in ("swap", "pixels"):
-        ours, truth = (
-            tracer(*kind).restore(IMAGE, QUESTION, cells, corruption=CORRUPTIONS[corruption]).scores
-            for kind in (("native",), ("hooks", "float64"))
+        ours, theirs, truth = (
+            tracer(*kind).restore(IMAGE, QUESTION, cells, corruption=CORRUPTIONS[corruption])
+            for kind in (("native",), ("hooks",), ("hooks", "float64"))
         )
-        assert (ours - truth).abs().max() <= 2 * TOLERANCE
+        allowed = max(TOLERANCE, 2 * float((theirs.scores - truth.scores).abs().max()))
+        # what the cells change is far above that, by itself or among themselves
+        changes = truth.scores - truth.low_scores[:, None]
+        assert changes.abs().max() >= 100 * allowed
+        assert (ours.scores - truth.scores).abs().max() <= allowed
 
 
 def test_patches_fall_into_blocks() -> None:
