@@ -20,10 +20,10 @@ PY := "$(VENV)/bin/python"
 stamps := build/stamps/$(shell printf %s "$(abspath $(VENV))" | cksum | cut -d' ' -f1)
 native := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help env build demo test lint bench bench-quick clean
+.PHONY: help env build demo test test-faults lint bench bench-quick clean
 
 help:
-	@echo 'make demo | test | lint | bench | bench-quick | clean    [PYTHON=python3] [VENV=.venv]'
+	@echo 'make demo | test | test-faults | lint | bench | bench-quick | clean    [PYTHON=python3] [VENV=.venv]'
 
 $(stamps)/env: requirements.txt
 	@mkdir -p $(@D)
@@ -51,6 +51,10 @@ lint: env
 
 test: build lint
 	$(PY) -m pytest -q
+
+# Minutes of it: processes killed at random and at every write.
+test-faults: build
+	$(PY) -m pytest -q tests/faults_kill.py
 
 bench: build
 	$(PY) -m pytest benchmarks -q -s --benchmark-only

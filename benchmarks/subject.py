@@ -14,6 +14,7 @@ from blip_trace.corruption import GaussianNoise
 from blip_trace.embedding import embed_patches
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
+from blip_trace.metrics import OWN
 from blip_trace.ops import OpSet, get_ops
 from blip_trace.sites import HEAD_KINDS, Cell, Shape, grid_cells
 
@@ -99,4 +100,4 @@ class Subject:
 
     def _task(self, clean: Tensor) -> engine.Task:
         corrupted = GaussianNoise(samples=self.samples)(clean).to(clean.dtype)
-        return engine.Task(self.ids, None, clean, corrupted, self.cells)
+        return engine.Task(self.ids, torch.tensor([OWN]), clean, corrupted, self.cells)

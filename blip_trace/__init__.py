@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .ops import BackendUnavailableError
     from .result import Restored, TraceResult
     from .sites import Cell, Cut, Site
+    from .sweep.results import Run, load_run
     from .tracer import Tracer
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PatchNoise",
     "PixelNoise",
     "Restored",
+    "Run",
     "Screen",
     "Site",
     "Together",
@@ -45,6 +47,7 @@ __all__ = [
     "TraceResult",
     "Tracer",
     "__version__",
+    "load_run",
     "shipped_model",
 ]
 
@@ -69,10 +72,12 @@ _HOMES = {
     "Together": "corruption",
     "TokenSwap": "corruption",
     "Restored": "result",
+    "Run": "sweep.results",
     "Screen": "attribution",
     "Site": "sites",
     "TraceResult": "result",
     "Tracer": "tracer",
+    "load_run": "sweep.results",
     "shipped_model": "lowering.load",
 }
 

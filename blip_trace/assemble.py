@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .attribution import Screened
 from .inputs import Inputs
-from .prepare import Asked
+from .prepare import Asked, Prepared
 from .program import Program
-from .request import Grid, Request
+from .request import Request
 from .result import Restored, TraceResult
 
 
@@ -25,20 +24,19 @@ class Assembler:
 
     def trace(
         self,
-        question: str | Tensor,
-        asked: Asked,
+        prepared: Prepared,
         request: Request,
-        grids: Mapping[tuple[str, str], Grid],
         found: Screened,
         settings: Mapping[str, Any],
     ) -> TraceResult:
         """The maps of a question."""
+        asked = prepared.asked
         answer_ids = found.answer_ids.tolist()
-        ids = self._token_ids(asked, answer_ids)
+        ids = self.token_ids(asked, answer_ids)
         stack_tokens, positions, maps, exact = {}, {}, {}, {}
         samples = len(found.measured[request.metrics[0]].low)
         first = 0
-        for (stack, kind), grid in grids.items():
+        for (stack, kind), grid in prepared.grids.items():
             labels = grid.labels or tuple(self._inputs.labels([ids[stack][t] for t in grid.positions]))
             stack_tokens[stack], positions[stack] = labels, grid.positions
             maps[stack, kind] = torch.empty(samples, *grid.shape)
@@ -53,10 +51,10 @@ class Assembler:
             high_score=0.0,
             positions=positions,
             stack_tokens=stack_tokens,
-            question=self._text(question, asked),
+            question=asked.question,
             answer=self._inputs.answer_text(answer_ids),
             answer_ids=tuple(answer_ids),
-            settings={**settings, **checked},
+            settings={**settings, **prepared.settings, **checked},
             measured=found.measured,
             exact=None if bool(found.exact.all()) else exact,
             picture=self._inputs.picture(asked.pixels) if "vision" in request.stacks else None,
@@ -65,7 +63,6 @@ class Assembler:
 
     def restored(
         self,
-        question: str | Tensor,
         asked: Asked,
         found: Screened,
         settings: Mapping[str, Any],
@@ -76,7 +73,7 @@ class Assembler:
             scores=torch.empty(0),
             low_scores=torch.empty(0),
             high_score=0.0,
-            question=self._text(question, asked),
+            question=asked.question,
             answer=self._inputs.answer_text(answer_ids),
             answer_ids=tuple(answer_ids),
             settings=settings,
@@ -86,11 +83,8 @@ class Assembler:
         )
         return unfilled.by(next(iter(found.measured)))
 
-    def _text(self, question: str | Tensor, asked: Asked) -> str:
-        return question if isinstance(question, str) else self._inputs.text(asked.text_ids.tolist())
-
-    def _token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
-        """The tokens of each text stack."""
+    def token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
+        """The tokens of each text stack, in a run that is scored by this answer."""
         text, begun = asked.text_ids.tolist(), list(answer_ids[:-1])
         match self._program.task:
             case "answer":

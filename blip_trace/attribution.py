@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import hooks
 from .engine import Task
 from .hooks import Edit
-from .metrics import METRICS, Measured, Readings, check_foil, joined
+from .metrics import METRICS, Measured, Readings, check_foil, completed, joined
 from .sites import HEAD_KINDS, Cell, Site, check_count, check_names
 
 Progress = Callable[[float], None]
@@ -97,7 +97,7 @@ def estimate(
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
         with torch.no_grad():
             clean_logits = hooks.run(model, _clean(model, task.part(0, 1)))
-        answer = clean_logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
+        answer = completed(task.answer_ids, clean_logits[0, -1])
         foil = None if task.foil_ids is None else check_foil(answer, task.foil_ids)
 
         def read(logits: Tensor) -> Readings:

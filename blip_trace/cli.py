@@ -1,4 +1,4 @@
-"""The command line: `blip-trace run`, `blip-trace doctor`."""
+"""The command line: `blip-trace run` and `doctor`; the commands on data sets have files of their own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from . import __version__
+from . import __version__, cli_results, cli_sweep
 from . import cli_options as options
+from .cli_data import data_app
+from .cli_errors import one_sentence_errors
+from .cli_progress import duration, showing_share
 
 if TYPE_CHECKING:
     from .measuring import Forecast
     from .result import TraceResult
 
-QUIET_SECONDS = 10.0
-"""Between two progress lines where there is no terminal to draw a bar on."""
 ANNOUNCED_SECONDS = 3.0
 """Work that will take longer is announced before it begins."""
 
@@ -37,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+app.add_typer(data_app, name="data")
+cli_sweep.register(app)
+cli_results.register(app)
 
 
 def main() -> None:
@@ -64,6 +67,7 @@ def _options(
 
 @app.command(epilog=options.EXAMPLES)
 def run(
+    context: typer.Context,
     image: options.Image,
     question: options.Question,
     out: options.Out,
@@ -112,37 +116,34 @@ def run(
     """
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     errors = Console(stderr=True)
-    noise = {"samples": samples, "mean": mean, "std": std, "mode": mode, "seed": seed, "span": span,
-             "distribution": distribution, "absolute": absolute, "swap": swap,
-             "swap-question": swap_question, "ablation": ablation, "reference": reference, "box": box,
-             "blur": blur}  # fmt: skip
-    with _one_sentence_errors(errors), _staging(out) as staging:
+    noise = options.typed(context.params, options.CORRUPTION_OPTIONS)
+    with one_sentence_errors(errors), _staging(out) as staging:
         with errors.status("loading torch, transformers and the model"), _notes(errors):
             import torch
 
-            from .cli_corruption import count_samples, make_corruption, make_method
+            from .choices import count_samples, make_corruption, make_method
             from .lowering.load import SHIPPED, shipped_model
             from .request import check_request
             from .sites import STACKS
             from .tracer import Tracer
             from .uncertainty import bootstrap_interval
 
-            corruption = make_corruption(_names(corrupt) or ["embeddings"], noise)
-            chosen = make_method(method, {"top": top, "steps": steps, "check": check})
+            corruption = make_corruption(options.names(corrupt) or ["embeddings"], noise)
+            chosen = make_method(method, options.typed(context.params, options.METHOD_OPTIONS))
             if interval is not None:  # refused now, not when all is done
                 bootstrap_interval(torch.zeros(count_samples(corruption), 1), interval, draws=1)
             asked: dict[str, Any] = {
-                "stacks": _names(stacks) or None,
-                "kinds": _names(kinds) or ["hidden"],
+                "stacks": options.names(stacks) or None,
+                "kinds": options.names(kinds) or ["hidden"],
                 "window": window,
                 "foil": foil,
                 "direction": direction,
-                "metrics": _names(metrics) or ["probability"],
-                "sever": _names(sever),
+                "metrics": options.names(metrics) or ["probability"],
+                "sever": options.names(sever),
                 "patch_group": 1 if patch_group is None else patch_group,
                 "method": chosen,
             }
-            if patch_group is not None and "vision" not in _names(stacks):
+            if patch_group is not None and "vision" not in options.names(stacks):
                 raise ValueError("--patch-group belongs to --stacks vision")
             check_request(STACKS, **{**asked, "stacks": asked["stacks"] or STACKS})  # before a large model
             if threads is not None:
@@ -154,14 +155,14 @@ def run(
                 memory=None if memory is None else memory * 2**20,
             )
         started = time.perf_counter()
-        with _progress(errors) as progress:
+        with showing_share(errors) as progress:
             result = tracer.trace(
                 image,
                 question,
                 answer,
                 corruption,
                 progress=progress,
-                tokens=_tokens(_names(tokens), asked["stacks"] or tracer.stacks),
+                tokens=options.tokens_by_stack(options.names(tokens), asked["stacks"] or tracer.stacks),
                 announce=_announcement(errors) if method == "exact" or check else None,
                 **asked,
             )
@@ -187,39 +188,14 @@ def doctor() -> None:
     print_report(Console())
 
 
-def _names(given: list[str] | None) -> list[str]:
-    """The names in options that may be repeated and may hold several, with commas between them."""
-    return [name.strip() for part in given or [] for name in part.split(",")]
-
-
-def _tokens(given: list[str], stacks: Sequence[str]) -> dict[str, list[int]]:
-    """Tokens by stack, of NUMBER for the first text stack among `stacks` and STACK:NUMBER for any."""
-    first = next((stack for stack in stacks if stack != "vision"), "vision")
-    tokens: dict[str, list[int]] = {}
-    for text in given:
-        stack, colon, number = text.rpartition(":")
-        try:
-            tokens.setdefault(stack if colon else first, []).append(int(number))
-        except ValueError:
-            raise ValueError(f"--tokens takes NUMBER or STACK:NUMBER, not {text!r}") from None
-    return tokens
-
-
 def _announcement(console: Console) -> Callable[[Forecast], None]:
     """Says how long the work will take where it will take long."""
 
     def announce(forecast: Forecast) -> None:
         if forecast.seconds >= ANNOUNCED_SECONDS:
-            console.print(f"{forecast.cells:,} cells, about {_duration(forecast.seconds)}", highlight=False)
+            console.print(f"{forecast.cells:,} cells, about {duration(forecast.seconds)}", highlight=False)
 
     return announce
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _write(result: TraceResult, folder: Path, level: float | None) -> None:
@@ -243,22 +219,6 @@ def _write(result: TraceResult, folder: Path, level: float | None) -> None:
     content = json.dumps({**result.to_dict(), "by_metric": by_metric}, ensure_ascii=False, allow_nan=False)
     (folder / "trace.json").write_text(content + "\n", encoding="utf-8")
     result.save(folder / "trace.safetensors")
-
-
-@contextmanager
-def _one_sentence_errors(console: Console) -> Iterator[None]:
-    """Turn what bad input raises into one line and exit code 2, and Ctrl-C into 130."""
-    from .ops import BackendUnavailableError
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("interrupted")
-        raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, BackendUnavailableError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        console.print(f"blip-trace: {message}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 @contextmanager
@@ -287,28 +247,3 @@ def _notes(console: Console) -> Iterator[None]:
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             console.print(f"note: {warning.message}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    if not console.is_terminal:
-        shown = time.monotonic()
-
-        def tell(share: float) -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= QUIET_SECONDS:
-                shown = time.monotonic()
-                console.print(f"tracing: {share:.0%}")
-
-        yield tell
-        return
-    columns: tuple[Any, ...] = (
-        TextColumn("tracing"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tracing", total=1.0)
-        yield lambda share: bar.update(task, completed=share)

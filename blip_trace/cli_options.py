@@ -1,7 +1,8 @@
-"""The options of `blip-trace run`, by the panels of its help."""
+"""The options of `blip-trace run` and `sweep`, by the panels of their help, and how they are read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +47,62 @@ blip-trace run --model caption --image scene.png --question "a" \
 ```
 """
 
+SWEEP_EXAMPLES = r"""Examples
+
+```text
+# three thousand questions about six hundred scenes, on the model that ships
+blip-trace sweep --data scenes:600 --samples 1 --out runs/scenes
+blip-trace report runs/scenes
+
+# what is planned, how long it will take and how large it will be
+blip-trace sweep --model Salesforce/blip-vqa-base --data vqa-v2 \
+    --images val2014 --split val --out runs/vqa --dry-run
+
+# what the model answers rightly, two processes; interrupted, it goes on
+blip-trace sweep --model Salesforce/blip-vqa-base --data color_coco_qa.csv \
+    --images train2017 --only-correct --executor processes --workers 2 \
+    --out runs/colors
+blip-trace sweep --out runs/colors
+```
+"""
+
 CORRUPTION, RESTORE, MEASURE = "Corruption", "What to restore", "What to measure"
 METHOD, ENGINE = "Method", "Engine"
+DATA, RUN = "Data", "Run"
+
+CORRUPTION_OPTIONS = ("samples", "mean", "std", "mode", "seed", "span", "distribution", "absolute", "swap",
+                      "swap-question", "ablation", "reference", "box", "blur")  # fmt: skip
+METHOD_OPTIONS = ("top", "steps", "check")
+
+
+def names(given: Sequence[str] | None) -> list[str]:
+    """The names in options that may be repeated and may hold several, with commas between them."""
+    return [name.strip() for part in given or [] for name in part.split(",")]
+
+
+def tokens_by_stack(given: Sequence[str], stacks: Sequence[str]) -> dict[str, list[int]]:
+    """Tokens by stack, of NUMBER for the first text stack among `stacks` and STACK:NUMBER for any."""
+    first = next((stack for stack in stacks if stack != "vision"), "vision")
+    tokens: dict[str, list[int]] = {}
+    for text in given:
+        stack, colon, number = text.rpartition(":")
+        try:
+            tokens.setdefault(stack if colon else first, []).append(int(number))
+        except ValueError:
+            raise ValueError(f"--tokens takes NUMBER or STACK:NUMBER, not {text!r}") from None
+    return tokens
+
+
+def typed(given: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """Of a command's parameters those options that were typed, as plain values."""
+    values = {name: given.get(name.replace("-", "_")) for name in wanted}
+    return {name: _plain(value) for name, value in values.items() if value not in (None, [], ())}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _option(help: str, panel: str | None = None, shown: str | bool = True, **more: Any) -> Any:
@@ -261,4 +316,80 @@ Threads = Annotated[int | None, _option("CPU threads.", ENGINE, "as torch choose
 Memory = Annotated[
     int | None,
     _option("MiB that the states of one pass may take.", ENGINE, "128, or 512 with vision", min=1),
+]
+
+Limit = Annotated[
+    int | None, _option("Only so many samples, drawn at random by the seed.", DATA, "all", min=1)
+]
+OnError = Annotated[
+    str, _option("Rows of the data that cannot be traced: skip, they become failed results; or stop.", DATA)
+]
+OnlyCorrect = Annotated[
+    bool,
+    typer.Option(
+        "--only-correct", help="Leave out samples that the model answers wrongly.", rich_help_panel=DATA
+    ),
+]
+SweepAnswer = Annotated[
+    str,
+    _option(
+        "own: the first token of what the model answers; expected: the data's answer, all tokens jointly.",
+        DATA,
+    ),
+]
+SweepCorrupt = Annotated[
+    list[str] | None,
+    _option(
+        "As of blip-trace run: embeddings, pixels, patches, words, swap-image, swap-question, ablate, hide, "
+        "or pair: the other half of each sample's minimal pair.",
+        CORRUPTION,
+        "embeddings",
+        metavar="NAMES",
+    ),
+]
+SweepSpan = Annotated[
+    str | None,
+    _option(
+        "words: which, as a phrase, as tokens from 0, or @subject: each sample's own.", CORRUPTION, "all"
+    ),
+]
+SweepSeed = Annotated[int, _option("Of everything that is drawn; each sample has noise of its own.", RUN)]
+SweepMetrics = Annotated[
+    list[str] | None,
+    _option(
+        "By commas or repeated: probability, log_probability, logit, logit_difference (the data's foil), "
+        "kl_divergence, rank.",
+        MEASURE,
+        "probability",
+        metavar="NAMES",
+    ),
+]
+StoreType = Annotated[str, _option("Type in which maps are kept: float32 or float16.", RUN)]
+Batch = Annotated[int, _option("Questions of equal shape in one pass.", RUN, min=1)]
+ShardSize = Annotated[
+    int | None, _option("Samples in a shard, which is done as a whole.", RUN, "about a minute's work", min=1)
+]
+ExecutorName = Annotated[str, _option("local (this process), processes, or ray.", RUN)]
+Workers = Annotated[int | None, _option("processes, ray: how many.", RUN, "one a core", min=1)]
+Address = Annotated[
+    str | None, _option("ray: of a cluster.", RUN, "RAY_ADDRESS, or one is started here", metavar="ADDRESS")
+]
+Gpus = Annotated[float, _option("ray: GPUs of each process.", RUN)]
+Extend = Annotated[
+    bool,
+    typer.Option(
+        "--extend", help="Add samples that the data set has got since it was planned.", rich_help_panel=RUN
+    ),
+]
+Retry = Annotated[
+    bool,
+    typer.Option("--retry", help="Do shards again in which samples failed.", rich_help_panel=RUN),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Tell what would be done, how long and how large.",
+        rich_help_panel=RUN,
+    ),
 ]

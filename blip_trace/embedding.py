@@ -16,7 +16,7 @@ def word_table(stack: Stack) -> Tensor:
 
 
 def embed_text(
-    program: Program, stack: Stack, text_ids: Tensor, answer_ids: Tensor | None, corrupted: Tensor | None
+    program: Program, stack: Stack, text_ids: Tensor, answer_ids: Tensor, corrupted: Tensor | None
 ) -> Tensor:
     """What enters a text stack, one text behind the other: [rows, C]. Into the first one goes the text, clean
     and then corrupted; into the next its answer, as far as it is given.
@@ -24,7 +24,7 @@ def embed_text(
     text_ids [T], answer_ids [A], corrupted embeddings of the text's words [S, T, C].
     """
     assert isinstance(stack.embedding, TokenEmbedding)
-    begun = text_ids[:0] if answer_ids is None else answer_ids[:-1]
+    begun = answer_ids[:-1]
     if stack is not program.texts[0]:
         words = word_table(stack)[torch.cat((torch.tensor([program.start_token]), begun))][None]
     else:

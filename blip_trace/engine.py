@@ -47,7 +47,7 @@ Tick = Callable[[int], None]
 class Task:
     """One text about one image, to trace.
 
-    text_ids [T] and answer_ids [A] (int64; None: the first token of the clean answer), clean [N, D] and
+    text_ids [T] and answer_ids [A] (int64, the last perhaps `metrics.OWN`), clean [N, D] and
     corrupted [S, N, D] states of the image, the cells to change, in which direction (see `schedule.Job`), and
     corrupted embeddings of the text's tokens, words [S, T, C]. Where `corrupted` or `words` is None, that is
     clean; where both are, there is one sample, the clean run itself.
@@ -57,7 +57,7 @@ class Task:
     """
 
     text_ids: Tensor
-    answer_ids: Tensor | None
+    answer_ids: Tensor
     clean: Tensor
     corrupted: Tensor | None
     cells: tuple[Cell, ...]
@@ -80,11 +80,6 @@ class Task:
         clean = self.clean[None]
         return (clean,) if self.corrupted is None else (clean, self.corrupted)
 
-    @property
-    def answer_tokens(self) -> int:
-        """Tokens that are read."""
-        return 1 if self.answer_ids is None else len(self.answer_ids)
-
     def part(self, first: int, last: int) -> Task:
         """The task of these samples alone."""
         corrupted, words = (None if x is None else x[first:last] for x in (self.corrupted, self.words))
@@ -92,7 +87,7 @@ class Task:
 
     def job(self, program: Program) -> Job:
         """The task's shape in the stacks of a program."""
-        text, answer = len(self.text_ids), self.answer_tokens
+        text, answer = len(self.text_ids), len(self.answer_ids)
         tokens, first = {
             "answer": ((text, answer), 0),
             "continue": ((text + answer - 1,), text - 1),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .embedding import layer_norm
-from .metrics import Readings, check_foil, vocabulary_readings
+from .metrics import OWN, Readings, check_foil, completed, vocabulary_readings
 from .ops import OpSet
 from .program import Head
 
@@ -20,11 +20,11 @@ BLOCK_BYTES = 2**25
 @dataclass(frozen=True)
 class Asked:
     """What is read of one question: `rows` [runs, A] hold its answers, first those of the clean run. Answer
-    and foil: token ids, the answer None for the first token that the clean run itself gives. `vocabulary`:
-    also what takes the logits of all words."""
+    and foil: token ids, the last of the answer perhaps `metrics.OWN`. `vocabulary`: also what takes the
+    logits of all words."""
 
     rows: Tensor
-    answer_ids: Tensor | None
+    answer_ids: Tensor
     foil_ids: Tensor | None
     vocabulary: bool
 
@@ -59,9 +59,9 @@ def read_answers(
 
 
 def _answer(head: Head, ops: OpSet, hidden: Tensor, question: Asked) -> Tensor:
-    if question.answer_ids is not None:
+    if question.answer_ids[-1] != OWN:  # known: its logits alone will be computed, not those of all words
         return question.answer_ids
-    return _all_logits(head, ops, hidden[question.rows[0, :1]]).argmax(1).cpu()
+    return completed(question.answer_ids, _all_logits(head, ops, hidden[question.rows[0, -1:]])[0])
 
 
 def _all_logits(head: Head, ops: OpSet, hidden: Tensor) -> Tensor:

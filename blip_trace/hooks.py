@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .engine import Progress, Scores, Task
-from .metrics import Readings, check_foil
+from .metrics import Readings, check_foil, completed
 from .sites import Cut, Site
 
 Edit = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ def answer_logits(model: Any, task: Task, images: Tensor) -> Tensor:
     """Logits [S, A, V] of a task's answer, for image states [S, N, D]: what the parts of the model make of
     them one behind the other."""
     rows = len(images)
-    begun = task.text_ids[:0] if task.answer_ids is None else task.answer_ids[:-1]
+    begun = task.answer_ids[:-1]
     logits: Tensor
     match model:
         case BlipForQuestionAnswering():
@@ -111,7 +111,7 @@ def score(model: Any, tasks: Sequence[Task], progress: Progress | None = None) -
         kept = {site for cell in task.cells for site in cell.frozen}
         with recording(model, taken | kept) as clean_states:
             clean_logits = run(model, replace(clean, corrupted=task.clean[None]))
-        answer = clean_logits[0, :1].argmax(1) if task.answer_ids is None else task.answer_ids
+        answer = completed(task.answer_ids, clean_logits[0, -1])
         foil = None if task.foil_ids is None else check_foil(answer, task.foil_ids)
 
         def read(

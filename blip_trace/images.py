@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from io import BytesIO
+from os import fstat
 from pathlib import Path
 
 import PIL.Image
@@ -38,22 +39,36 @@ def open_image(
     if not isinstance(source, str | Path):
         raise TypeError(f"an image must be a PIL image or a path, not {type(source).__name__}")
     path = Path(source)
-    data = _read(path, max_bytes)
+    return decode_image(read_file(path, max_bytes), str(path), max_bytes=max_bytes, max_pixels=max_pixels)
+
+
+def decode_image(
+    data: bytes, name: str, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+) -> PIL.Image.Image:
+    """Decode the bytes of an image file as `open_image` does; `name`: what errors call it.
+
+    Raises ValueError for anything but a whole image of `FORMATS` within both limits.
+    """
+    check_size(len(data), name, max_bytes)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         try:
             image = PIL.Image.open(BytesIO(data), formats=FORMATS)
         except (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError):
-            raise ValueError(f"{path} has more than {_mega(max_pixels)} megapixels") from None
+            raise ValueError(f"{name} has more than {_mega(max_pixels)} megapixels") from None
         except UnidentifiedImageError:
-            raise ValueError(f"{path} is no image of a known format ({', '.join(FORMATS)})") from None
+            raise ValueError(f"{name} is no image of a known format ({', '.join(FORMATS)})") from None
         except Exception as error:  # a broken header: Pillow's readers raise nearly anything
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    return _decode(image, str(path), max_pixels)
+            raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    return _decode(image, name, max_pixels)
 
 
-def _read(path: Path, max_bytes: int) -> bytes:
-    """All bytes of a regular file: opening a pipe or a device could wait or go on for ever."""
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """All bytes of a regular file: opening a pipe or a device could wait or go on for ever.
+
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be read, and ValueError for a
+    folder, for no regular file, and for one that is empty or larger than `max_bytes`.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not an image file")
     if not path.exists():
@@ -61,12 +76,18 @@ def _read(path: Path, max_bytes: int) -> bytes:
     if not path.is_file():
         raise ValueError(f"{path} is no regular file")
     with path.open("rb") as file:
+        check_size(fstat(file.fileno()).st_size, str(path), max_bytes)
         data = file.read(max_bytes + 1)
-    if not data:
-        raise ValueError(f"{path} is an empty file")
-    if len(data) > max_bytes:
-        raise ValueError(f"{path} is larger than {max_bytes / 2**20:g} MiB")
+    check_size(len(data), str(path), max_bytes)  # it may have changed since
     return data
+
+
+def check_size(size: int, name: str, max_bytes: int = MAX_BYTES) -> None:
+    """Raises ValueError for an image file of no bytes or of too many."""
+    if not size:
+        raise ValueError(f"{name} is an empty file")
+    if size > max_bytes:
+        raise ValueError(f"{name} is larger than {max_bytes / 2**20:g} MiB")
 
 
 def _decode(image: PIL.Image.Image, name: str, max_pixels: int) -> PIL.Image.Image:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .images import open_image
+from .metrics import OWN
 
 MATCH = {0: "no match", 1: "match"}
 """What a matching head says."""
@@ -75,7 +76,11 @@ class Inputs:
             raise ValueError("the question is empty")
         return self._check(ids.long(), "question")
 
-    def text_ids(self, text: str | Tensor, answer: Tensor | None) -> Tensor:
+    def question_text(self, question: str | Tensor, ids: Tensor) -> str:
+        """A question as text, whose tokens [T] these are."""
+        return question if isinstance(question, str) else self.text(ids.tolist())
+
+    def text_ids(self, text: str | Tensor, answer: Tensor) -> Tensor:
         """Token ids [T] of what goes into the first text stack: a question; or, of a captioning model, what
         the caption begins with, which may be nothing: its start token then stands alone."""
         if self._task != "continue":
@@ -84,7 +89,7 @@ class Inputs:
             words = self._tokenizer("a beginning")(text, add_special_tokens=False).input_ids if text else []
             text = torch.tensor([self._text.bos_token_id, *words])
         ids = self.question_ids(text)
-        self._check(ids if answer is None else torch.cat((ids, answer[:-1])), "caption")
+        self._check(torch.cat((ids, answer[:-1])), "caption")
         return ids
 
     def picture(self, pixels: Tensor) -> Tensor:
@@ -108,12 +113,12 @@ class Inputs:
                 return range(first, first + len(wanted))
         raise ValueError(f"the span {phrase!r} does not occur in the question {self.text(given)!r}")
 
-    def answer_ids(self, answer: str | int | None) -> Tensor | None:
-        """Token ids [A] (int64), or None for the model's own."""
+    def answer_ids(self, answer: str | int | None) -> Tensor:
+        """Token ids [A] (int64); None: the model's own first token, [OWN]."""
         if self._task == "match":
             return self._match(answer)
         if answer is None:
-            return None
+            return torch.tensor([OWN])
         if isinstance(answer, str):
             ids = self._tokenizer("an answer")(answer, add_special_tokens=False).input_ids
             if not ids:
@@ -125,6 +130,33 @@ class Inputs:
         else:
             raise TypeError(f"an answer must be a string, a token id or None, not {type(answer).__name__}")
         return self._check(torch.tensor(ids), "answer")
+
+    def answer_room(self, ids: Tensor) -> int:
+        """How many tokens an answer to this text [T] may have."""
+        places: int = self._text.max_position_embeddings
+        return {"answer": places, "continue": places + 1 - len(ids), "match": 1}[self._task]
+
+    def known_ids(self, answer: str) -> list[int]:
+        """Tokens of an answer that the model could say, or none where it could not."""
+        if self._task == "match" or self._processor is None:
+            return []
+        ids: list[int] = self._processor.tokenizer(answer, add_special_tokens=False).input_ids
+        return [] if self._processor.tokenizer.unk_token_id in ids else ids
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Labels of tokens that are no text."""
+        return (
+            frozenset()
+            if self._processor is None
+            else frozenset(self._processor.tokenizer.all_special_tokens)
+        )
+
+    @property
+    def end(self) -> int:
+        """The token behind the last one of an answer or a caption."""
+        end: int = self._text.sep_token_id
+        return end
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """An answer as text."""

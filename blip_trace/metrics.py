@@ -20,6 +20,10 @@ Readings = Mapping[str, Tensor]
 asked for, foil_logit, kl_divergence, rank."""
 
 
+OWN = -1
+"""In the place of an answer's last token: whichever is most probable there in the clean run."""
+
+
 def _sum(values: Tensor) -> Tensor:
     return values.sum(-1)
 
@@ -69,6 +73,13 @@ def check_metrics(metrics: Sequence[str], foil: object) -> tuple[str, ...]:
 def take_vocabulary(metrics: Sequence[str]) -> bool:
     """Whether one of them takes the logits of all words."""
     return any(METRICS[metric].vocabulary for metric in metrics)
+
+
+def completed(answer: Tensor, logits: Tensor) -> Tensor:
+    """An answer [A] whose last token may be `OWN`; `logits`: those [V] of the clean run at its place."""
+    if answer[-1] != OWN:
+        return answer
+    return torch.cat((answer[:-1], logits.argmax(-1, keepdim=True).cpu()))
 
 
 def check_foil(answer: Tensor, foil: Tensor) -> Tensor:

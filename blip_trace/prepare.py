@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,19 +18,34 @@ from .embedding import embed_patches, word_table
 from .inputs import Inputs
 from .ops import OpSet
 from .program import PatchEmbedding, Program
+from .request import Grid
 from .sites import Cell, Shape
 
-CACHED_IMAGES = 32
+CACHED_BYTES = 2**28
+"""Of encoded images."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked question: pixels [1, 3, H, W], text_ids [T], answer_ids [A] and foil_ids, or None."""
+    """A checked question: pixels [1, 3, H, W], text_ids [T], answer_ids [A] and foil_ids, or None; and the
+    question as text."""
 
     pixels: Tensor
     text_ids: Tensor
-    answer_ids: Tensor | None
+    answer_ids: Tensor
     foil_ids: Tensor | None
+    question: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question that is ready to be measured: its maps by (stack, kind), what the engine is given, and what
+    the result says of its corruption."""
+
+    asked: Asked
+    grids: Mapping[tuple[str, str], Grid]
+    task: engine.Task
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,7 @@ class Preparer:
             if not bool(torch.isfinite(states).all()):
                 raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
             self._states[key] = states
-            while len(self._states) > CACHED_IMAGES:
+            while len(self._states) > max(1, CACHED_BYTES // states.nbytes):
                 self._states.popitem(last=False)
         self._states.move_to_end(key)
         return self._states[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from .attribution import Method, check_method
@@ -64,6 +64,9 @@ class Grid:
     positions: tuple[int, ...]
 
 
+Grids = Mapping[tuple[str, str], Grid]
+
+
 @dataclass(frozen=True)
 class Request:
     """A checked request for maps; see `Tracer.trace` and `Options`."""
@@ -77,17 +80,24 @@ class Request:
     sever: tuple[str, ...]
     patch_group: int
     method: Method | None
+    _made: dict[tuple[tuple[str, Shape], ...], Grids] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def vocabulary(self) -> bool:
         """Whether a metric takes the logits of all words."""
         return take_vocabulary(self.metrics)
 
-    def grids(self, shapes: Mapping[str, Shape]) -> dict[tuple[str, str], Grid]:
-        """The maps of a question whose stacks have these shapes, by (stack, kind).
+    def grids(self, shapes: Mapping[str, Shape]) -> Grids:
+        """The maps of a question whose stacks have these shapes, by (stack, kind), made once for each shape.
 
         Raises ValueError for tokens that are not there.
         """
+        key = tuple(shapes.items())
+        if key not in self._made:
+            self._made[key] = self._grids(shapes)
+        return self._made[key]
+
+    def _grids(self, shapes: Mapping[str, Shape]) -> Grids:
         grids = {}
         for stack in self.stacks:
             shape = shapes[stack]

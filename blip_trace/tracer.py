@@ -18,15 +18,17 @@ from . import __version__
 from .assemble import Assembler
 from .attribution import Screened
 from .corruption import Corruption, GaussianNoise, InputCorruption
+from .decoding import decode
+from .engine import Scores
 from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
 from .measuring import Forecast, Measurer, Progress
-from .metrics import check_foil, check_metrics, take_vocabulary
+from .metrics import OWN, check_foil, check_metrics, take_vocabulary
 from .ops import OpSet, get_ops, native_unavailable_reason
-from .prepare import Asked, EngineVision, HooksVision, Preparer, Vision, Wanted
+from .prepare import Asked, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
 from .program import Program
-from .request import Options, check_request
+from .request import Options, Request, check_request
 from .result import Restored, TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
 
@@ -34,6 +36,7 @@ Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
 BACKENDS = ("auto", "native", "reference", "hooks")
 UNCORRUPTED: Literal["none"] = "none"
+UNCHANGED = Wanted(cells=(), direction="denoise", vocabulary=False, patches=False)
 
 
 class Tracer:
@@ -75,9 +78,9 @@ class Tracer:
         self.processor = processor
         self.memory = memory
         self.backend = _choose_backend(backend)
-        self._inputs = Inputs(model.config, processor, self.program.task)
-        self._preparer = Preparer(self.program, self._inputs)
-        self._assembler = Assembler(self.program, self._inputs)
+        self.inputs = Inputs(model.config, processor, self.program.task)
+        self._preparer = Preparer(self.program, self.inputs)
+        self._assembler = Assembler(self.program, self.inputs)
 
     @classmethod
     def from_pretrained(
@@ -194,25 +197,87 @@ class Tracer:
     ) -> list[TraceResult]:
         """Trace several (image, question) pairs, packed into common passes without padding; each result is
         that of `trace` on its pair. Arguments as there; `answers` and `foils` have one for each pair."""
+        request = self.request(stacks, kinds, window, foils, **options)
+        corruption = check_corruption(corruption)
+        asked = self._ask_all(pairs, answers, foils)
+        prepared = [self.prepare(request, own, corruption) for own in asked]
+        if announce is not None and prepared:
+            announce(self.forecast(prepared))
+        return self.measure(request, prepared, progress)
+
+    def request(
+        self,
+        stacks: Sequence[str] | None = None,
+        kinds: Sequence[str] = ("hidden",),
+        window: int = 1,
+        foil: object = None,
+        **options: Unpack[Options],
+    ) -> Request:
+        """Which maps to make of each question, checked: arguments as in `trace`; `foil` says whether there
+        will be foils. `trace_batch` is this, `ask`, `prepare` and `measure`, one behind the other."""
         stacks = self.stacks[1:] if stacks is None else stacks
-        request = check_request(self.stacks, stacks, kinds, window, foils, **options)
-        corruption = _checked_corruption(corruption)
-        tasks, known = [], []
-        for asked in self._ask_all(pairs, answers, foils):
-            grids = request.grids(self._preparer.shapes(asked))
-            cells = tuple(cell for grid in grids.values() for cell in grid.cells)
-            wanted = Wanted(cells, request.direction, request.vocabulary, "vision" in request.stacks)
-            task, note = self._preparer.task(self._vision, asked, corruption, wanted)
-            tasks.append(task)
-            known.append((asked, grids, note))
-        if announce is not None and tasks:
-            announce(self._measurer.forecast(tasks))
+        return check_request(self.stacks, stacks, kinds, window, foil, **options)
+
+    def ask(
+        self,
+        image: Image,
+        question: str | Tensor,
+        answer: str | int | None = None,
+        foil: str | int | None = None,
+    ) -> Asked:
+        """A question as `trace` takes it, checked and turned into tensors. Raises as `trace` does."""
+        inputs = self.inputs
+        answer_ids = inputs.answer_ids(answer)
+        foil_ids = None if foil is None else inputs.answer_ids(foil)
+        if foil_ids is not None and answer_ids[-1] != OWN:
+            check_foil(answer_ids, foil_ids)
+        text_ids = inputs.text_ids(question, answer_ids)
+        return Asked(
+            inputs.pixels(image), text_ids, answer_ids, foil_ids, inputs.question_text(question, text_ids)
+        )
+
+    def prepare(self, request: Request, asked: Asked, corruption: Corruption) -> Prepared:
+        """Encode a question's image and corrupt it. Raises ValueError or TypeError, in one sentence, where
+        that cannot be done."""
+        grids = request.grids(self._preparer.shapes(asked))
+        cells = tuple(cell for grid in grids.values() for cell in grid.cells)
+        wanted = Wanted(cells, request.direction, request.vocabulary, "vision" in request.stacks)
+        task, note = self._preparer.task(self._vision, asked, corruption, wanted)
+        return Prepared(asked, grids, task, {"corruption": repr(corruption), "corrupted": note})
+
+    def measure(
+        self, request: Request, prepared: Sequence[Prepared], progress: Progress | None = None
+    ) -> list[TraceResult]:
+        """Trace questions that are prepared, packed into common passes."""
+        tasks = [own.task for own in prepared]
         found = self._measurer.by(request.method, tasks, request.metrics, progress)
-        settings = {**self._settings(corruption), **request.settings()}
+        settings = {**self.settings, **request.settings()}
         return [
-            self._assembler.trace(question, asked, request, grids, own, {**settings, "corrupted": note})
-            for (_, question), own, (asked, grids, note) in zip(pairs, found, known, strict=True)
+            self._assembler.trace(own, request, measured, settings)
+            for own, measured in zip(prepared, found, strict=True)
         ]
+
+    def forecast(self, prepared: Sequence[Prepared]) -> Forecast:
+        """How many cells these are and about how long they take, done exactly."""
+        return self._measurer.forecast([own.task for own in prepared])
+
+    def answers(
+        self, asked: Sequence[Asked], max_tokens: int = 20, guesses: Sequence[str | None] | None = None
+    ) -> list[str]:
+        """What the model says to each question: the most probable token, one after the other, up to the end
+        or `max_tokens`, or as many as the model has places for (greedy decoding, as `generate` does unless
+        told otherwise). Of a captioning model what it puts behind the beginning; of a matching one "match" or
+        "no match".
+
+        guesses: what it may say; a right guess saves time and changes nothing.
+        """
+
+        def score(questions: Sequence[Asked], ranks: bool) -> list[Scores]:
+            wanted = replace(UNCHANGED, vocabulary=ranks)
+            tasks = [self._preparer.task(self._vision, own, None, wanted)[0] for own in questions]
+            return self._measurer.score(tasks, None)
+
+        return decode(self.inputs, score, asked, guesses or [None] * len(asked), max_tokens)
 
     def restore(
         self,
@@ -242,8 +307,8 @@ class Tracer:
         check_names("direction", direction, DIRECTIONS)
         metrics = check_metrics(metrics, foil)
         clean = isinstance(corruption, str) and corruption == UNCORRUPTED
-        applied = None if clean else _checked_corruption(corruption)  # type: ignore[arg-type]
-        (asked,) = self._ask_all([(image, question)], [answer], None if foil is None else [foil])
+        applied = None if clean else check_corruption(corruption)  # type: ignore[arg-type]
+        asked = self.ask(image, question, answer, foil)
         checked = check_cells(cells, self._preparer.shapes(asked))
         distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
         stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
@@ -252,9 +317,10 @@ class Tracer:
         ((answer_ids, measured),) = self._measurer.exactly([task], metrics, progress)
         places = [distinct[cell] for cell in checked]
         measured = {name: replace(own, cells=own.cells[:, places]) for name, own in measured.items()}
-        settings = {**self._settings(applied), "direction": direction, "corrupted": note}
+        named = UNCORRUPTED if applied is None else repr(applied)
+        settings = {**self.settings, "direction": direction, "corruption": named, "corrupted": note}
         every = torch.ones(len(checked), dtype=torch.bool)
-        return self._assembler.restored(question, asked, Screened(answer_ids, measured, every), settings)
+        return self._assembler.restored(asked, Screened(answer_ids, measured, every), settings)
 
     def _ask_all(
         self,
@@ -265,17 +331,21 @@ class Tracer:
         for what, given in (("answers", answers), ("foils", foils)):
             if given is not None and len(given) != len(pairs):
                 raise ValueError(f"{len(pairs)} questions but {len(given)} {what}")
-        inputs = self._inputs
-        asked = []
-        for number, (image, question) in enumerate(pairs):
-            answer = inputs.answer_ids(None if answers is None else answers[number])
-            foil = None if foils is None else inputs.answer_ids(foils[number])
-            if foils is not None and foil is None:
-                raise ValueError("a foil is an answer, not None")
-            if answer is not None and foil is not None:
-                check_foil(answer, foil)
-            asked.append(Asked(inputs.pixels(image), inputs.text_ids(question, answer), answer, foil))
-        return asked
+        if foils is not None and None in foils:
+            raise ValueError("a foil is an answer, not None")
+        return [
+            self.ask(
+                image,
+                question,
+                None if answers is None else answers[number],
+                None if foils is None else foils[number],
+            )
+            for number, (image, question) in enumerate(pairs)
+        ]
+
+    def token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
+        """The tokens of each text stack, in a run that is scored by this answer."""
+        return self._assembler.token_ids(asked, answer_ids)
 
     @property
     def _vision(self) -> Vision:
@@ -288,7 +358,9 @@ class Tracer:
         ops = None if self.backend == "hooks" else self.ops
         return Measurer(self.model, self.program, ops, self.memory)
 
-    def _settings(self, corruption: Corruption | None) -> dict[str, Any]:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result says of the tracer that made it."""
         return {
             "blip_trace": __version__,
             "torch": torch.__version__,
@@ -297,12 +369,12 @@ class Tracer:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "model": self.model.config.name_or_path or type(self.model).__name__,
-            "image_processor": self._inputs.image_processor,
-            "corruption": UNCORRUPTED if corruption is None else repr(corruption),
+            "image_processor": self.inputs.image_processor,
         }
 
 
-def _checked_corruption(corruption: Corruption | None) -> Corruption:
+def check_corruption(corruption: Corruption | None) -> Corruption:
+    """A corruption; ten samples of noise unless given. Raises TypeError for anything else."""
     corruption = GaussianNoise() if corruption is None else corruption
     if not callable(corruption) and not isinstance(corruption, InputCorruption):
         raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")

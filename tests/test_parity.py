@@ -21,6 +21,7 @@ from blip_trace import GaussianNoise, Tracer, TraceResult, engine, hooks, refere
 from blip_trace.embedding import embed_patches
 from blip_trace.lowering.blip import lower
 from blip_trace.lowering.load import shipped_model
+from blip_trace.metrics import OWN
 from blip_trace.scenes import Question, questions, random_scene
 from blip_trace.sites import HEAD_KINDS, KINDS, Shape, grid_cells
 
@@ -226,7 +227,7 @@ def test_float64_agrees_to_rounding() -> None:
         for cell in grid_cells(stack, kind, [(t,) for t in range(tokens)], Shape(tokens, 4, 4, source, False))
     ]
     clean = hooks.encode_image(model, hooks.embed_image(model, pixels))[0]
-    task = engine.Task(ids, None, clean, GaussianNoise(samples=2)(clean), tuple(cells))
+    task = engine.Task(ids, torch.tensor([OWN]), clean, GaussianNoise(samples=2)(clean), tuple(cells))
 
     program = lower(model)
     assert (

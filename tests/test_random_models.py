@@ -18,6 +18,7 @@ from blip_trace import engine, hooks, reference
 from blip_trace.corruption import GaussianNoise
 from blip_trace.embedding import embed_patches
 from blip_trace.lowering.blip import MODELS, Blip, lower
+from blip_trace.metrics import OWN
 from blip_trace.ops import OpSet, get_ops
 from blip_trace.sites import DIRECTIONS, HEAD_KINDS, KINDS, VISION_KINDS, Cell, Cut, Shape, Site
 
@@ -125,6 +126,8 @@ def tasks(draw: st.DrawFn, model: Blip, patches: bool) -> engine.Task:
     answer = torch.randint(3, VOCABULARY, (draw(st.integers(1, 4)),))
     if program.task == "match":
         answer = torch.tensor([draw(st.integers(0, 1))])
+    elif draw(st.booleans()):
+        answer[-1] = OWN
     samples = draw(st.integers(1, 3))
     noisy = GaussianNoise(std=1.0, samples=samples)(clean)
     words = None
@@ -165,7 +168,9 @@ def test_any_cells_of_any_model(data: st.DataObject) -> None:
         )
         for task in given
     ]
-    allowed = 2 * difference(hooks.score(model, single), truth) + 1e-6
+    # what float32 costs here: the larger of what it costs the unmodified model and the plain-torch engine
+    plain = engine.score(lower(model), reference, single, memory=2**28)
+    allowed = 2 * max(difference(own, truth) for own in (hooks.score(model, single), plain)) + 1e-6
     native = engine.score(lower(model), get_ops("native"), single, memory=2**28)
     assert difference(native, truth) <= allowed
 

@@ -51,6 +51,35 @@ def shipped_model(name: str = "vqa") -> Path:
     return folder
 
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+"""Of which a model has some."""
+
+
+def local_folder(hub_id_or_folder: str | Path) -> Path:
+    """The folder in which a model's files are; those of a model on the hub are downloaded if need be.
+
+    Raises as `load_model` does.
+    """
+    source = str(hub_id_or_folder)
+    local = os.path.isdir(source)
+    if not local:
+        _check_hub_id(hub_id_or_folder)
+    config = _find(source, local, "config.json")
+    if config is None:
+        raise ValueError(f"{source} is no model folder: it holds no config.json")
+    _weight_files(source, local)
+    for name in PROCESSOR_FILES:
+        _find(source, local, name)
+    return config.parent
+
+
 def load_model(hub_id_or_folder: str | Path, dtype: torch.dtype) -> tuple[Blip, BlipProcessor]:
     """Load a BLIP that answers questions, writes captions or matches texts, and its processor (Pillow's
     resizing, never torchvision's).

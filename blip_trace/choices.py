@@ -1,4 +1,5 @@
-"""What `--corrupt NAME` and `--method NAME` make, and which further options belong to which name."""
+"""Corruptions and methods by name, as the command line and saved settings give them, and which further
+options belong to which name."""
 
 from __future__ import annotations
 

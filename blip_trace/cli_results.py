@@ -1,0 +1,79 @@
+"""`blip-trace export` and `blip-trace report`: what comes of a run over a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .cli_errors import one_sentence_errors
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command()(export)
+    app.command()(report)
+
+
+def export(
+    run: RunFolder,
+    to: Annotated[
+        Path, typer.Option(help="The file: .parquet, .csv, .zarr or .nc.", metavar="FILE", show_default=False)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="long or csv (a row for each cell), wide (Parquet, a row for each sample), zarr or netcdf "
+            "(labelled arrays).",
+            show_default="by the file's ending",
+            metavar="NAME",
+        ),
+    ] = None,
+) -> None:
+    """Write a run's results as one file for other programs."""
+    errors = Console(stderr=True)
+    with one_sentence_errors(errors):
+        with errors.status("writing"):
+            from .sweep.export import export as write
+            from .sweep.results import load_run
+
+            write(load_run(run), to, format)
+        _say_written(to)
+
+
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="RUN/report", metavar="DIR")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that the data set's images lie in.",
+            show_default="where the run found them",
+            metavar="DIR",
+        ),
+    ] = None,
+) -> None:
+    """Write a page with a run's averages, the samples that stand out, and what failed."""
+    errors = Console(stderr=True)
+    with one_sentence_errors(errors):
+        if images is not None and not images.is_dir():
+            raise NotADirectoryError(f"{images} is no folder of images")
+        with errors.status("averaging and drawing"):
+            from .sweep.media import Media
+            from .sweep.report import write_report
+            from .sweep.results import load_run
+
+            loaded = load_run(run)
+            media = Media(*loaded.images) if images is None else Media(images)
+            page = write_report(loaded, run / "report" if out is None else out, media.read)
+        _say_written(page)
+
+
+def _say_written(path: Path) -> None:
+    Console(highlight=False).print(f"wrote {path}", markup=False, soft_wrap=True)

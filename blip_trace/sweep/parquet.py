@@ -1,0 +1,91 @@
+"""Parquet as the sweep writes and reads it: checksums on every page, floats split into streams of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROW_GROUP = 2048
+"""Rows at most; a reader holds one group in memory."""
+
+BROKEN = (pa.ArrowException, OSError, ValueError)
+"""What broken or hostile files raise."""
+
+
+def encode(table: pa.Table) -> bytes:
+    """A table as a Parquet file.
+
+    Dictionaries make columns of floats larger than they are, so only strings have them; splitting floats into
+    streams of bytes before zstd makes them a quarter smaller.
+    """
+    floats, strings = [], []
+    for path, kind in _leaves(table.schema):
+        if pa.types.is_floating(kind):
+            floats.append(path)
+        elif pa.types.is_string(kind):
+            strings.append(path)
+    out = BytesIO()
+    pq.write_table(
+        table,
+        out,
+        row_group_size=ROW_GROUP,
+        compression="zstd",
+        use_dictionary=strings,
+        use_byte_stream_split=floats,
+        write_page_checksum=True,
+    )
+    return out.getvalue()
+
+
+def open_file(path: Path) -> pq.ParquetFile:
+    """A file whose pages are checked against their checksums as they are read. Raises `BROKEN`."""
+    return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False)
+
+
+def read_groups(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """A file's row groups, one after another.
+
+    Raises ValueError, naming the file, where it is broken, and FileNotFoundError where it is missing.
+    """
+    try:
+        with open_file(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=None if columns is None else list(columns))
+    except FileNotFoundError:
+        raise
+    except BROKEN as error:
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
+
+
+def read_group(path: Path, group: int) -> pa.Table:
+    """One row group of a file. Raises as `read_groups`, and ValueError where there is no such group."""
+    try:
+        with open_file(path) as file:
+            if not 0 <= group < file.num_row_groups:
+                raise ValueError(f"it has no row group {group}")
+            return file.read_row_group(group)
+    except FileNotFoundError:
+        raise
+    except BROKEN as error:
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
+
+
+def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    """Columns as Parquet counts them: the paths of what nested types hold, and its type."""
+    for field in schema:
+        yield from _leaf(field.name, field.type)
+
+
+def _leaf(path: str, kind: Any) -> Iterator[tuple[str, pa.DataType]]:
+    if pa.types.is_map(kind):
+        yield f"{path}.key_value.key", kind.key_type
+        yield f"{path}.key_value.value", kind.item_type
+    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _leaf(f"{path}.list.element", kind.value_type)
+    else:
+        yield path, kind
