@@ -38,8 +38,8 @@ def export(
     errors = Console(stderr=True)
     with one_sentence_errors(errors):
         with errors.status("writing"):
-            from .sweep.export import export as write
             from .sweep.results import load_run
+            from .sweep.results.export import export as write
 
             write(load_run(run), to, format)
         _say_written(to)
@@ -66,8 +66,8 @@ def report(
             raise NotADirectoryError(f"{images} is no folder of images")
         with errors.status("averaging and drawing"):
             from .sweep.media import Media
-            from .sweep.report import write_report
             from .sweep.results import load_run
+            from .sweep.results.report import write_report
 
             loaded = load_run(run)
             media = Media(*loaded.images) if images is None else Media(images)

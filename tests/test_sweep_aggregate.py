@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 from sweep_runs import HEADS, LAYERS, LAYOUT, Row, make_rows, write_run
 
-from blip_trace.sweep.aggregate import Average, poisson_weights, unit_keys
 from blip_trace.sweep.results import Run, load_run
+from blip_trace.sweep.results.aggregate import Average, poisson_weights, unit_keys
 from blip_trace.sweep.schema import StackLayout
 
 TEXT = "text_encoder"
@@ -190,7 +190,7 @@ def test_neither_order_nor_files_matter(
     random.Random(3).shuffle(shuffled)
     other = load_run(write_run(tmp_path / "run", shuffled, (5, 200, 230)))
     one = run.aggregate(TEXT, "hidden", split="type", unit=unit)
-    monkeypatch.setattr("blip_trace.sweep.profiles.CHUNK", 17)
+    monkeypatch.setattr("blip_trace.sweep.results.profiles.CHUNK", 17)
     two = other.aggregate(TEXT, "hidden", split="type", unit=unit)
     assert one.rows == two.rows
     pairs = [(one.overall, two.overall), *((group, two.groups[name]) for name, group in one.groups.items())]

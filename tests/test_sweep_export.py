@@ -19,9 +19,8 @@ from sweep_runs import LAYOUT, Row, make_rows, write_run
 from typer.testing import CliRunner
 
 from blip_trace import cli_results
-from blip_trace.sweep import labelled
-from blip_trace.sweep.export import FORMATS, LONG, export
-from blip_trace.sweep.results import Run, load_run
+from blip_trace.sweep.results import Run, labelled, load_run
+from blip_trace.sweep.results.export import FORMATS, LONG, export
 
 TEXT = "text_encoder"
 COLUMN = "text_encoder_hidden_probability"

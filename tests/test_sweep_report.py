@@ -21,12 +21,12 @@ from sweep_runs import LAYERS, LAYOUT, Row, make_rows, write_run
 from typer.testing import CliRunner
 
 from blip_trace import cli_results
-from blip_trace.sweep.aggregate import MAX_GROUPS
-from blip_trace.sweep.extremes import extremes
-from blip_trace.sweep.overview import MAX_REASONS, OTHER_REASONS, overview
-from blip_trace.sweep.report import write_report
-from blip_trace.sweep.report_figures import draw_averages, draw_curves, draw_sample
 from blip_trace.sweep.results import Run, load_run
+from blip_trace.sweep.results.aggregate import MAX_GROUPS
+from blip_trace.sweep.results.extremes import extremes
+from blip_trace.sweep.results.figures import draw_averages, draw_curves, draw_sample
+from blip_trace.sweep.results.overview import MAX_REASONS, OTHER_REASONS, overview
+from blip_trace.sweep.results.report import write_report
 from blip_trace.sweep.schema import StackLayout
 
 COLUMN = "text_encoder_hidden_probability"

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from sweep_runs import HEADS, LAYERS, LAYOUT, Row, make_rows, write_run
 
-from blip_trace.sweep.export import export
 from blip_trace.sweep.results import Run, load_run
+from blip_trace.sweep.results.export import export
 
 TEXT = "text_encoder"
 COLUMN = "text_encoder_hidden_probability"

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..sites import HEAD_KINDS, check_count, check_names
+from ...sites import HEAD_KINDS, check_count, check_names
 from .profiles import Flags, Floats, Labels, Profiles, Whole, profiles
 
 if TYPE_CHECKING:
-    from .results import Run
+    from .run import Run
 
 NONE = "(none)"
 """The group of samples without a value, or with an empty one, in the column that splits them."""

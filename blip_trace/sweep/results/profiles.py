@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..sites import HEAD_KINDS
-from .roles import ROLES
-from .schema import Layout
+from ...sites import HEAD_KINDS
+from ..roles import ROLES
+from ..schema import Layout
 
 if TYPE_CHECKING:
-    from .results import Run
+    from .run import Run
 
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.int64]

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import PIL.Image
 
-from .. import __version__
-from ..files import write_whole
-from ..images import decode_image
-from ..sites import HEAD_KINDS
+from ... import __version__
+from ...files import write_whole
+from ...images import decode_image
+from ...sites import HEAD_KINDS
 from .aggregate import NONE, Aggregate
 from .extremes import Extreme, extremes
 from .overview import Judged, Overview, overview
 from .profiles import Floats
-from .results import Run
+from .run import Run
 
 if TYPE_CHECKING:
-    from .results import SampleMap
+    from .run import SampleMap
 
 ReadImage = Callable[[str], bytes]
 """The bytes of the image file that a reference means."""
@@ -67,10 +67,10 @@ def write_report(run: Run, out: str | Path, read_image: ReadImage | None = None)
 
     Raises ValueError where a file of the run is broken, OSError where the folder cannot be written.
     """
-    from ..metrics import METRICS
-    from ..plotting import STACKS
-    from .report_figures import draw_curves, effect_title
-    from .report_page import render
+    from ...metrics import METRICS
+    from ...plotting import STACKS
+    from .figures import draw_curves, effect_title
+    from .page import render
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _largest(counted: Overview) -> list[tuple[str, Judged]]:
 
 def _map(one: Aggregate, name: str, types: Sequence[str], all_types: int, out: Path) -> dict[str, Any]:
     """What the page says of one map's average, and its figure, also saved."""
-    from .report_figures import draw_averages, shown_rows
+    from .figures import draw_averages, shown_rows
 
     excluded = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in one.overall.excluded.items())
     told: dict[str, Any] = {"name": name, "excluded": excluded, "peak": None, "figure": None}
@@ -202,7 +202,7 @@ def _peak(one: Aggregate) -> dict[str, str]:
 
 def _sign(metric: str) -> int:
     """-1 where effects are negative, since the metric falls when the answer comes back."""
-    from ..metrics import METRICS
+    from ...metrics import METRICS
 
     return -1 if METRICS[metric].falls else 1
 
@@ -241,7 +241,7 @@ def _standing_out(
 def _sample(
     run: Run, average: Aggregate, one: Extreme, name: str, about: str, read_image: ReadImage | None, out: Path
 ) -> dict[str, Any]:
-    from .report_figures import draw_sample
+    from .figures import draw_sample
 
     metric = average.metric
     scores = (f"{metric}_high", f"{metric}_low")
@@ -300,7 +300,7 @@ def _thumbnail(read_image: ReadImage, reference: str | None) -> Picture | None:
 
 def _figure(path: Path) -> Picture:
     """As large on the page as it was drawn."""
-    from ..plotting import DPI
+    from ...plotting import DPI
 
     with PIL.Image.open(path) as image:
         width = image.width

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..sites import check_names
-from .parquet import BROKEN, open_file, read_groups
+from ...sites import check_names
+from ..parquet import BROKEN, open_file, read_groups
+from ..schema import METADATA, STATUSES, Layout
+from ..store import PLAN, SHARDS, SUCCESS
 from .profiles import indirect_effect
-from .schema import METADATA, STATUSES, Layout
-from .store import PLAN, SHARDS, SUCCESS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from ..sites import HEAD_KINDS
+from ...sites import HEAD_KINDS
 from .profiles import CHUNK, Ragged, decode
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from .results import Run
+    from .run import Run
 
 LABELS = ("tokens", "roles")
 SCALARS = ("status", "image", "question", "type", "answer", "correct", "total_effect_vanishes")

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from ..sites import HEAD_KINDS
-from .parquet import ROW_GROUP, open_file
+from ...sites import HEAD_KINDS
+from ..parquet import ROW_GROUP, open_file
 from .profiles import CHUNK, decode, floats, indirect_effect, of_tokens
 
 if TYPE_CHECKING:
-    from .results import Run
+    from .run import Run
 
 LONG = pa.schema(
     {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..metrics import METRICS
-from ..plotting import (
+from ...metrics import METRICS
+from ...plotting import (
     CELL,
     COLORS,
     SMALL_CHARACTER,
@@ -19,10 +19,10 @@ from ..plotting import (
     printable,
     save_figure,
 )
-from ..sites import HEAD_KINDS
+from ...sites import HEAD_KINDS
+from ..roles import ROLES
 from .aggregate import Aggregate, Average
 from .profiles import Floats
-from .roles import ROLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

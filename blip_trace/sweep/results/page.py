@@ -217,6 +217,6 @@ def render(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    from ..plotting import printable
+    from ...plotting import printable
 
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from ..schema import STATUSES
 from .aggregate import MAX_GROUPS, NONE
-from .results import Run
-from .schema import STATUSES
+from .run import Run
 
 EXAMPLES = 3
 MAX_REASONS = 1000

@@ -10,7 +10,7 @@ import numpy as np
 
 from .aggregate import Aggregate
 from .profiles import Floats, Labels, profiles
-from .results import Run
+from .run import Run
 
 
 class Extreme(NamedTuple):
