@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import duckdb
 import numpy as np
 import pandas as pd
@@ -115,6 +116,22 @@ def test_the_wide_export_is_the_run_in_one_file(run: Run, tmp_path: Path) -> Non
     ((mean,),) = duckdb.sql(f"SELECT avg(cell) FROM ({cells})").fetchall()
     expected = np.concatenate([np.array(row[COLUMN]).ravel() for row in run.rows([COLUMN], status="ok")])
     assert mean == pytest.approx(expected.mean(), rel=1e-6)
+
+
+def test_shards_open_elsewhere(folder: Path, rows: list[Row], tmp_path: Path) -> None:
+    """The run's own files, as they lie there: pandas, polars, DuckDB, Hugging Face datasets."""
+    pattern = str(folder / "shards" / "*.parquet")
+    expected = {row["sample_id"] for row in rows}
+    first = next(row for row in rows if row["status"] == "ok")
+    (where,) = (place for place, row in enumerate(rows) if row is first)
+
+    assert set(pd.read_parquet(folder / "shards")["sample_id"]) == expected
+    assert set(pl.read_parquet(pattern)["sample_id"]) == expected
+    counted = duckdb.sql(f"SELECT count(DISTINCT sample_id) FROM '{pattern}'").fetchall()
+    assert counted == [(len(expected),)]
+    loaded = datasets.load_dataset("parquet", data_files=pattern, split="train", cache_dir=str(tmp_path))
+    assert set(loaded["sample_id"]) == expected
+    assert np.array_equal(np.float32(loaded[where][COLUMN]), np.float32(first[COLUMN]))
 
 
 @pytest.mark.parametrize(("ending", "package"), [("zarr", "zarr"), ("nc", "netCDF4")])

@@ -72,7 +72,7 @@ class Order:
         return Tracer.from_pretrained(folder, "cpu", self.dtype, self.backend, memory)  # type: ignore[arg-type]
 
     def identity(self, tracer: Tracer) -> dict[str, Any]:
-        """Everything that the numbers depend on but the data's contents."""
+        """Everything that the numbers depend on; what is in the data is added when they have been read."""
         return {
             "format": FORMAT,
             "model": model_identity(model_folder(self.model)),
@@ -117,6 +117,7 @@ def begin(store: Store, order: Order, tracer: Tracer, grow: bool = False) -> Pla
         selected = _filled(staged, order)
         identity = order.identity(tracer)
         if not store.has(PLAN):
+            identity["data"] |= {"samples": selected.samples, "digest": f"{selected.digest:x}"}
             size = order.shard_size or choose_shard_size(tracer, order.settings, staged.ordered())
             layout = layout_of(tracer, order.settings, identity)
             return freeze(store, staged, selected, identity, order.places(), layout, size)
@@ -138,7 +139,10 @@ def begin(store: Store, order: Order, tracer: Tracer, grow: bool = False) -> Pla
 
 def check_same(store: Store, plan: Plan, identity: Mapping[str, Any]) -> None:
     """Raises Changed where a run would not be the same any more."""
-    found = differences(plan.identity, identity)
+    planned = dict(plan.identity)
+    data = planned["data"]
+    planned["data"] = {name: value for name, value in data.items() if name in identity["data"]}
+    found = differences(planned, identity)
     if found:
         listed = "; ".join(found)
         raise Changed(f"{store.root} holds another run, so go on with that or name another folder: {listed}")
