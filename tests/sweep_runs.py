@@ -49,7 +49,7 @@ def _row(number: int, layout: schema.Layout, rng: np.random.Generator) -> Row:
         "question": question,
         "type": kind,
         "answers": ["red"],
-        "extra": {"part": "train" if number % 2 else "val"},
+        "extra": json.dumps({"part": "train" if number % 2 else "val"}),
         "model_answer": "red",
         "correct": number % 4 != 1,
         "answer": "red",

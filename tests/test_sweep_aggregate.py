@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections import defaultdict
@@ -148,7 +149,7 @@ def test_splits(run: Run, rows: list[Row]) -> None:
     ok = [row for row in rows if row["status"] == "ok"]
     part = run.aggregate(TEXT, "hidden", split="part", draws=20)
     assert {name: group.samples for name, group in part.groups.items()} == {
-        name: sum(row["extra"]["part"] == name for row in ok) for name in ("train", "val")
+        name: sum(json.loads(row["extra"])["part"] == name for row in ok) for name in ("train", "val")
     }
     correct = run.aggregate(TEXT, "hidden", split="correct", draws=20).groups
     assert set(correct) == {"true", "false", "(none)"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def _known(case: Case) -> dict[str, Any]:
         "question": sample.question,
         "type": sample.type,
         "answers": list(sample.answers),
-        "extra": dict(sample.extra),
+        "extra": json.dumps(dict(sample.extra), ensure_ascii=False),
         "model_answer": case.said,
         "correct": case.correct,
     }

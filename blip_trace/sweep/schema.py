@@ -58,7 +58,7 @@ class Layout:
             "question": text,
             "type": text,
             "answers": texts,
-            "extra": pa.map_(text, text),
+            "extra": text,  # JSON: not every reader of Parquet knows maps
             "model_answer": text,
             "correct": pa.bool_(),
             "answer": text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -312,6 +313,6 @@ def _values(table: pa.Table, split: str) -> list[str]:
     if split in table.column_names:
         values = table[split].to_pylist()
     else:
-        values = pc.map_lookup(table["extra"].combine_chunks(), split, "last").to_pylist()
+        values = [json.loads(extra).get(split) for extra in table["extra"].to_pylist()]
     texts = (str(value).lower() if isinstance(value, bool) else value for value in values)
     return [NONE if text is None or text == "" else str(text) for text in texts]

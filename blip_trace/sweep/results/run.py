@@ -102,7 +102,7 @@ class Run:
                 table = table.filter(pc.is_in(table["status"], pa.array(wanted)))
                 table = table.select(self._check_columns(columns))
             for batch in table.to_batches(max_chunksize=64):  # Python's numbers take ten times the room
-                yield from batch.to_pylist(maps_as_pydicts="strict")
+                yield from batch.to_pylist()
 
     def row(self, sample_id: str, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample's row. Raises KeyError for an unknown sample, ValueError for an unknown column."""
@@ -112,7 +112,7 @@ class Run:
                 place = pc.index(ids["sample_id"], sample_id).as_py()
                 if place >= 0:
                     (table,) = islice(self._groups_of(path, names), number, number + 1)
-                    (found,) = table.slice(place, 1).to_pylist(maps_as_pydicts="strict")
+                    (found,) = table.slice(place, 1).to_pylist()
                     return found  # type: ignore[no-any-return]
         raise KeyError(f"{self.directory} has no sample {sample_id!r}")
 
@@ -131,7 +131,7 @@ class Run:
 
     def to_pandas(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
         """As `table`; maps are arrays of arrays. Raises ModuleNotFoundError without pandas."""
-        frame: pd.DataFrame = self.table(columns).to_pandas(maps_as_pydicts="strict")
+        frame: pd.DataFrame = self.table(columns).to_pandas()
         return frame
 
     def map(self, sample_id: str, stack: str, kind: str, metric: str | None = None) -> SampleMap:
