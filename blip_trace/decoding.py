@@ -44,7 +44,7 @@ def _confirmed(
     said: list[list[int]] = [[] for _ in asked]
     questions, places = [], []
     for place, (own, guess) in enumerate(zip(asked, guesses, strict=True)):
-        ids = [] if guess is None else inputs.known_ids(guess)
+        ids = () if guess is None else inputs.known_ids(guess)
         if ids and len(ids) < inputs.answer_room(own.text_ids):
             questions.append(replace(own, answer_ids=torch.tensor([*ids, inputs.end]), foil_ids=None))
             places.append(place)

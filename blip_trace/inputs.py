@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,13 @@ class Inputs:
         places: int = self._text.max_position_embeddings
         return {"answer": places, "continue": places + 1 - len(ids), "match": 1}[self._task]
 
-    def known_ids(self, answer: str) -> list[int]:
+    @lru_cache(maxsize=4096)  # noqa: B019 - data sets repeat their answers, and a process has few of these
+    def known_ids(self, answer: str) -> Sequence[int]:
         """Tokens of an answer that the model could say, or none where it could not."""
         if self._task == "match" or self._processor is None:
-            return []
+            return ()
         ids: list[int] = self._processor.tokenizer(answer, add_special_tokens=False).input_ids
-        return [] if self._processor.tokenizer.unk_token_id in ids else ids
+        return () if self._processor.tokenizer.unk_token_id in ids else ids
 
     @property
     def special_tokens(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ class Desk:
     @contextmanager
     def set_up(cls, root: str) -> Iterator[Desk]:
         """A new one. Those of commands that were killed go, so that none of their actors commits any more."""
-        shutil.rmtree(Path(root, FOLDER), ignore_errors=True)
+        cls.clear(root)
         folder = Path(root, FOLDER, uuid.uuid4().hex)
         folder.mkdir(parents=True)
         desk = cls(folder)
@@ -43,6 +43,11 @@ class Desk:
             yield desk
         finally:
             desk.close()
+
+    @staticmethod
+    def clear(root: str | Path) -> None:
+        """Take away what a run that was killed has left."""
+        shutil.rmtree(Path(root, FOLDER), ignore_errors=True)
 
     def close(self) -> None:
         """Take it away: renamed first, for then it is gone at once for all who write into it."""
@@ -71,7 +76,7 @@ class Desk:
     def take(self, number: int) -> Assignment:
         """Begin a shard; if there is a note of it, the process that wrote that has died.
 
-        Raises RuntimeError where that has happened again and again.
+        Raises ChildProcessError where that has happened again and again.
         """
         own = Assignment(number)
         path = self._path(number)
@@ -81,7 +86,7 @@ class Desk:
             own = Assignment(number, note["deaths"], **sets)
             own.died(note["computing"])
             if own.deaths >= DEATHS:
-                raise RuntimeError(f"{DEATHS} processes ended during shard {number}")
+                raise ChildProcessError(f"{DEATHS} processes ended during shard {number}")
         self._own = own
         self.tell((), 0)
         return own

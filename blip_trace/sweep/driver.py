@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Protocol
 
 from ..tracer import Tracer
+from .desk import Desk
 from .executors import Events, Executor, Local
 from .identity import model_folder, model_identity
 from .plan import Plan
@@ -103,6 +104,7 @@ def sweep(
     written or done at all.
     """
     store = Store(out)
+    executor = executor or Local()
     reporter = reporter or Silent()
     if order is None:
         Plan.load(store)  # a folder without a run stays as it is
@@ -110,6 +112,7 @@ def sweep(
     with store.lock(), _stopping(reporter) as stop:
         for name in store.leftovers():
             store.remove(name)
+        Desk.clear(store.root)
         tracer: Tracer | None = None
         if order is None:
             plan = Plan.load(store)
@@ -118,6 +121,8 @@ def sweep(
         else:
             tracer = order.tracer(memory, threads)
             plan = begin(store, order, tracer, extend)
+        if not isinstance(executor, Local):
+            tracer = None  # other processes load their own, and this one need not hold it too
         found = examine(store, plan)
         _refuse_broken(found)
         for number, reason in found.open.items():
@@ -136,14 +141,16 @@ def sweep(
                 if not found.open:
                     break
                 events = Events(reporter.computed, reporter.finished, reporter.note, stop.is_set)
-                (executor or Local()).run(job, sorted(found.open), events, tracer)
+                executor.run(job, sorted(found.open), events, tracer)
                 found = examine(store, plan)
         except Stopped:
             return Outcome(plan, examine(store, plan).statuses, complete=False, stopped=True)
         _refuse_broken(found)
-        if found.complete:
-            finish(store, plan, found)
-        return Outcome(plan, found.statuses, found.complete, stopped=False)
+        if found.open:
+            number, reason = next(iter(found.open.items()))
+            raise OSError(f"shard {number} was written and is not there as it was written: {reason}")
+        finish(store, plan, found)
+        return Outcome(plan, found.statuses, complete=True, stopped=False)
 
 
 def _refuse_broken(found: Findings) -> None:

@@ -215,7 +215,7 @@ def _scene(seed: int, size: int) -> bytes:
     if not _is_size(size):
         raise ValueError(f"a scene is 1 to {int(MAX_PIXELS**0.5)} pixels wide, not {size}")
     data = BytesIO()
-    random_scene(Random(seed)).render(size).save(data, "PNG")
+    random_scene(Random(seed)).render(size).save(data, "PNG", compress_level=1)
     return data.getvalue()
 
 

@@ -30,6 +30,7 @@ from .store import MANIFESTS, PLAN, SUCCESS, Store
 SHARD_OPERATIONS = 20e12
 """About a minute of work of two processor cores: what is lost at most when a process ends."""
 LEAST_SHARD, LARGEST_SHARD, UNKNOWN_SHARD = 8, 512, 64
+FEWEST_SHARDS = 16
 PROBED = 4
 """Samples by which a forecast is made."""
 ON_ERROR = ("skip", "stop")
@@ -118,7 +119,9 @@ def begin(store: Store, order: Order, tracer: Tracer, grow: bool = False) -> Pla
         identity = order.identity(tracer)
         if not store.has(PLAN):
             identity["data"] |= {"samples": selected.samples, "digest": f"{selected.digest:x}"}
-            size = order.shard_size or choose_shard_size(tracer, order.settings, staged.ordered())
+            size = order.shard_size or choose_shard_size(
+                tracer, order.settings, staged.ordered(), selected.samples
+            )
             layout = layout_of(tracer, order.settings, identity)
             return freeze(store, staged, selected, identity, order.places(), layout, size)
         plan = Plan.load(store)
@@ -152,7 +155,9 @@ def estimate(order: Order, tracer: Tracer) -> Estimate:
     """What a run will take; writes nothing."""
     with staging(Path(tempfile.gettempdir()), order.settings.seed) as staged:
         selected = _filled(staged, order)
-        size = order.shard_size or choose_shard_size(tracer, order.settings, staged.ordered())
+        size = order.shard_size or choose_shard_size(
+            tracer, order.settings, staged.ordered(), selected.samples
+        )
         begun = time.perf_counter()
         probed = _probe(tracer, order.settings, staged.ordered(), PROBED)
         seconds = time.perf_counter() - begun
@@ -188,13 +193,13 @@ def layout_of(tracer: Tracer, settings: Settings, identity: Mapping[str, Any]) -
     )
 
 
-def choose_shard_size(tracer: Tracer, settings: Settings, samples: Iterator[Sample]) -> int:
-    """Samples of a shard: as many as make about a minute of work."""
+def choose_shard_size(tracer: Tracer, settings: Settings, samples: Iterator[Sample], count: int) -> int:
+    """Samples of a shard: as many as make about a minute of work, and few enough that several processes have
+    something to do."""
     prepared = _probe(tracer, settings, samples, 1)
     operations = tracer.forecast(prepared).operations if prepared else None
-    if not operations:
-        return UNKNOWN_SHARD
-    return max(LEAST_SHARD, min(LARGEST_SHARD, int(SHARD_OPERATIONS / operations)))
+    minute = int(SHARD_OPERATIONS / operations) if operations else UNKNOWN_SHARD
+    return max(LEAST_SHARD, min(LARGEST_SHARD, minute, count // FEWEST_SHARDS))
 
 
 def _probe(tracer: Tracer, settings: Settings, samples: Iterator[Sample], count: int) -> list[Prepared]:

@@ -20,6 +20,8 @@ from .worker import Job, Worker
 
 POLL_SECONDS = 0.2
 """How often it is looked whether to stop."""
+PATIENCE_SECONDS = 5.0
+"""How long a process that was told to end may take."""
 EARLY_DEATHS = 3
 """So many processes may die before they have loaded the model."""
 DEATHS = 20
@@ -105,6 +107,8 @@ class Crew:
         for member in self._members:
             member.process.terminate()
         for member in self._members:
+            member.process.join(PATIENCE_SECONDS)
+            member.process.kill()
             member.process.join()
             member.connection.close()
 
@@ -169,6 +173,7 @@ class Crew:
 def _serve(job: Job, connection: Connection) -> None:
     """What a process does: shards as it is given them, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the first process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
     def orphaned() -> bool:

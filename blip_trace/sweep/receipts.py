@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from .parquet import BROKEN, encode, open_file, read_groups
@@ -55,7 +56,8 @@ def commit(
 
     The rows' file says of itself what it is, so that a receipt that was lost can be written again.
     """
-    data = encode(table_of(layout, rows))
+    with np.errstate(over="ignore"):  # rows with numbers too large for float16 say so
+        data = encode(table_of(layout, rows))
     receipt = Receipt(
         number=shard.number,
         run_id=layout.run_id,

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .sample import Sample
@@ -126,7 +126,7 @@ def staging(folder: Path, seed: int) -> Iterator[Staging]:
 
 def to_json(sample: Sample) -> str:
     """A sample as one line, the same for equal samples."""
-    return json.dumps(asdict(sample), sort_keys=True)
+    return json.dumps({**vars(sample), "extra": dict(sample.extra)}, sort_keys=True)
 
 
 def from_json(text: str) -> Sample:
@@ -137,8 +137,12 @@ def from_json(text: str) -> Sample:
 
 def _storable(sample: Sample) -> Sample:
     """Without halves of characters (lone surrogates), which no file can hold."""
-    text = json.dumps(asdict(sample), ensure_ascii=False).encode("utf-8", "replace").decode()
-    return from_json(text)
+    row = json.dumps({**vars(sample), "extra": dict(sample.extra)}, ensure_ascii=False)
+    try:
+        row.encode()
+    except UnicodeEncodeError:
+        return from_json(row.encode("utf-8", "replace").decode())
+    return sample
 
 
 def row_digest(row: str) -> int:
