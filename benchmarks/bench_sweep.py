@@ -139,8 +139,9 @@ def test_base_size(benchmark: Any, tmp_path: Path, quick: bool, gate: Gate) -> N
     """On photographs of 640 x 480, two questions on each."""
     model = blip_base("float32")
     tokenizer = BlipProcessor.from_pretrained(shipped_model(), backend="pil").tokenizer
+    model.config.text_config.sep_token_id = tokenizer.sep_token_id
     with torch.no_grad():  # random weights would go on talking: this model ends at once
-        model.text_decoder.cls.predictions.bias[model.config.text_config.sep_token_id] = 1e4
+        model.text_decoder.cls.predictions.bias[tokenizer.sep_token_id] = 1e4
     side = model.config.vision_config.image_size
     processor = BlipProcessor(BlipImageProcessorPil(size={"height": side, "width": side}), tokenizer)
     rng = Random(0)

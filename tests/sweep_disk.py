@@ -37,14 +37,17 @@ def kill() -> None:
 class Disk:
     """Stands between the store and the disk.
 
-    at: the moment at which `end` is called: 2 n is before the nth step, 2 n + 1 behind it; of what is written
-    then, half arrives. What `end` raises is raised again by every later step, if it is a `Crash`.
+    at: the moment at which `end` is called: 2 n is before the nth step, 2 n + 1 behind it, of several writes
+    in a row only the first counted; of what is written then, half arrives. A `Crash` that it raises is raised
+    again by every later step.
     """
 
     at: int | None = None
     end: Callable[[], None] = kill
     steps: list[Step] = field(default_factory=list)
     dead: bool = False
+    failed: bool = False
+    moments: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._fsync, self._replace = os.fsync, os.replace
@@ -52,7 +55,7 @@ class Disk:
         disk = self
 
         def unlink(path: Path, missing_ok: bool = False) -> None:
-            if not path.exists() and missing_ok:
+            if not disk.dead and missing_ok and not path.exists():
                 return
             disk._step(Step("unlink", str(path)), lambda: disk._unlink(path, missing_ok))
 
@@ -83,17 +86,20 @@ class Disk:
     def _step(self, step: Step, work: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         if self.dead:
             raise Crash
-        if self.at == 2 * len(self.steps):
+        first = step.kind != "write" or self.steps[-1].kind != "write"
+        if first and self.at == self.moments:
             if half is not None:
                 half()
             self._end()
         self.steps.append(step)
         done = work()
-        if self.at == 2 * len(self.steps) - 1:
+        if first and self.at == self.moments + 1:
             self._end()
+        self.moments += 2 * first
         return done
 
     def _end(self) -> None:
+        self.failed = True
         try:
             self.end()
         except Crash:

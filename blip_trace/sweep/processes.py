@@ -23,7 +23,7 @@ POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 5.0
 """How long a process that was told to end may take."""
 EARLY_DEATHS = 3
-"""So many processes may die before they have loaded the model."""
+"""So many processes in a row may die before they have loaded the model."""
 DEATHS = 20
 """So many may die of one shard; three are enough to find a sample that kills, and give it up."""
 
@@ -124,12 +124,14 @@ class Crew:
         match message:
             case ("ready", _):
                 member.ready = True
+                self._early_deaths = 0
                 self._give(member)
             case ("computing", (ids, done)):
                 member.computing = tuple(ids)
                 self._events.computed(done)
             case ("finished", receipt):
                 member.assignment = None
+                self._early_deaths = 0
                 self._events.finished(receipt)
                 self._give(member)
             case ("failed", error):
