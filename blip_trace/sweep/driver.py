@@ -20,7 +20,7 @@ from .plan import Plan
 from .planning import Order, begin, check_same
 from .receipts import Receipt
 from .shard import Stopped
-from .store import SUCCESS, Store
+from .store import PLAN, SUCCESS, Store
 from .verify import Findings, examine, finish
 from .worker import Job
 
@@ -119,8 +119,13 @@ def sweep(
             identity = {**plan.identity, "model": model_identity(model_folder(plan.places["model"]))}
             check_same(store, plan, identity)
         else:
-            tracer = order.tracer(memory, threads)
-            plan = begin(store, order, tracer, extend)
+            try:
+                tracer = order.tracer(memory, threads)
+                plan = begin(store, order, tracer, extend)
+            except BaseException:
+                if not store.has(PLAN):
+                    store.unmake()
+                raise
         if not isinstance(executor, Local):
             tracer = None  # other processes load their own, and this one need not hold it too
         found = examine(store, plan)

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,14 @@ class Store:
             raise NotADirectoryError(f"{self.root} is a file, not a folder for a run")
         for name in FOLDERS:
             _make_folder(self.root / name)
+
+    def unmake(self) -> None:
+        """Take away what `make` made, if nothing has come into it."""
+        for name in (*FOLDERS, ""):
+            with suppress(OSError):
+                if not name:
+                    self.remove(LOCK)
+                (self.root / name).rmdir()
 
     def path(self, name: str) -> Path:
         """Where a file is."""
