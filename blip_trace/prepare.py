@@ -167,6 +167,10 @@ class Preparer:
         )
         return task, made.note
 
+    def forget_images(self) -> None:
+        """Drop all encoded images."""
+        self._states.clear()
+
     def _image_states(self, vision: Vision, pixels: Tensor) -> Tensor:
         """Image states [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
         key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()

@@ -261,6 +261,10 @@ class Tracer:
         """How many cells these are and about how long they take, done exactly."""
         return self._measurer.forecast([own.task for own in prepared])
 
+    def forget_images(self) -> None:
+        """Drop the encodings of images that were seen before."""
+        self._preparer.forget_images()
+
     def answers(
         self, asked: Sequence[Asked], max_tokens: int = 20, guesses: Sequence[str | None] | None = None
     ) -> list[str]:

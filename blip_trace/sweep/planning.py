@@ -199,7 +199,7 @@ def choose_shard_size(tracer: Tracer, settings: Settings, samples: Iterator[Samp
     prepared = _probe(tracer, settings, samples, 1)
     operations = tracer.forecast(prepared).operations if prepared else None
     minute = int(SHARD_OPERATIONS / operations) if operations else UNKNOWN_SHARD
-    return max(LEAST_SHARD, min(LARGEST_SHARD, minute, count // FEWEST_SHARDS))
+    return max(LEAST_SHARD, min(LARGEST_SHARD, minute, max(UNKNOWN_SHARD, count // FEWEST_SHARDS)))
 
 
 def _probe(tracer: Tracer, settings: Settings, samples: Iterator[Sample], count: int) -> list[Prepared]:
