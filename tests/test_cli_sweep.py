@@ -33,9 +33,10 @@ def said(result: Result) -> str:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     out = tmp_path_factory.mktemp("sweeps") / "run"
-    result = call("sweep", "--data", "scenes:4", "--samples", 1, "--threads", 1, "--out", out)
+    result = call("sweep", "--data", "scenes:4", "--samples", 1, "--threads", 1, "--out", out,
+                  "--shard-size", 10)  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "20 samples to trace" in said(result)
+    assert "20 samples to trace in 2 shards" in said(result)
     assert "20 ok" in said(result)
     assert f"blip-trace report {out}" in said(result)
     return out
