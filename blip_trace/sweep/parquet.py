@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,28 +17,28 @@ BROKEN = (pa.ArrowException, OSError, ValueError)
 """What broken or hostile files raise."""
 
 
-def encode(table: pa.Table) -> bytes:
-    """A table as a Parquet file.
+def writer(target: Path | BinaryIO, schema: pa.Schema, repeating: Sequence[str] = ()) -> pq.ParquetWriter:
+    """Writes tables of this schema.
 
-    Dictionaries make columns of floats larger than they are, so only strings have them; splitting floats into
-    streams of bytes before zstd makes them a quarter smaller.
+    Dictionaries make columns of floats larger than they are, so only strings have them, and `repeating`
+    columns; splitting floats into streams of bytes before zstd makes them a quarter smaller.
     """
-    floats, strings = [], []
-    for path, kind in _leaves(table.schema):
-        if pa.types.is_floating(kind):
-            floats.append(path)
-        elif pa.types.is_string(kind):
-            strings.append(path)
-    out = BytesIO()
-    pq.write_table(
-        table,
-        out,
-        row_group_size=ROW_GROUP,
+    leaves = list(_leaves(schema))
+    return pq.ParquetWriter(
+        target,
+        schema,
         compression="zstd",
-        use_dictionary=strings,
-        use_byte_stream_split=floats,
+        use_dictionary=[*(path for path, kind in leaves if pa.types.is_string(kind)), *repeating],
+        use_byte_stream_split=[path for path, kind in leaves if pa.types.is_floating(kind)],
         write_page_checksum=True,
     )
+
+
+def encode(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
+    out = BytesIO()
+    with writer(out, table.schema) as file:
+        file.write_table(table, row_group_size=ROW_GROUP)
     return out.getvalue()
 
 

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from . import identity as identities
-from .parquet import read_group
+from .parquet import read_group, writer
 from .sample import Sample
 from .schema import Layout
 from .settings import Settings
@@ -166,10 +165,10 @@ def extend(store: Store, plan: Plan, staging: Staging, selected: Selected) -> Pl
     name = manifest_name(number)
     with (
         store.writing(name) as out,
-        pq.ParquetWriter(out, SAMPLES, compression="zstd", write_page_checksum=True) as writer,
+        writer(out, SAMPLES) as file,
     ):
         for group, samples in enumerate(_shards(staging.ordered(), plan.shard_size)):
-            writer.write_table(pa.Table.from_pylist([asdict(s) for s in samples], schema=SAMPLES))
+            file.write_table(pa.Table.from_pylist([asdict(s) for s in samples], schema=SAMPLES))
             place = len(plan.shards) + group
             shards.append(Shard(place, len(samples), number, group, ids_digest(s.id for s in samples)))
     part = Part(selected.samples, f"{selected.digest:x}", file_sha256(store.path(name)))

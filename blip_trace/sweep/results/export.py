@@ -7,15 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import csv
 
 from ...sites import HEAD_KINDS
-from ..parquet import ROW_GROUP, open_file
+from ..parquet import ROW_GROUP, writer
 from .profiles import CHUNK, decode, floats, indirect_effect, of_tokens
 
 if TYPE_CHECKING:
@@ -121,39 +120,15 @@ def _counted(count: int, each: int, cells: int) -> pa.Array:
 
 
 def _write_long(run: Run, path: Path) -> None:
-    strings = [field.name for field in LONG if pa.types.is_string(field.type)]
-    numbers = [field.name for field in LONG if pa.types.is_floating(field.type)]
-    with _parquet(
-        path, LONG, use_dictionary=[*strings, "head", "token_index", "layer"], split=numbers
-    ) as writer:
+    with writer(path, LONG, repeating=("head", "token_index", "layer")) as file:
         for table in long_tables(run):
-            writer.write_table(table)
+            file.write_table(table)
 
 
 def _write_wide(run: Run, path: Path) -> None:
-    with open_file(run.shards[0]) as file:
-        leaves = [file.schema.column(number) for number in range(len(file.schema))]
-    numbers = [leaf.path for leaf in leaves if _is_floating(leaf)]
-    strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-    with _parquet(path, run.columns, use_dictionary=strings, split=numbers) as writer:
+    with writer(path, run.columns) as file:
         for table in run.groups():
-            writer.write_table(table, row_group_size=ROW_GROUP)
-
-
-def _is_floating(leaf: Any) -> bool:
-    return bool(leaf.physical_type == "FLOAT" or leaf.logical_type.type == "FLOAT16")
-
-
-def _parquet(path: Path, schema: pa.Schema, use_dictionary: list[str], split: list[str]) -> pq.ParquetWriter:
-    """A writer with the settings of `parquet.encode`."""
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression="zstd",
-        use_dictionary=use_dictionary,
-        use_byte_stream_split=split,
-        write_page_checksum=True,
-    )
+            file.write_table(table, row_group_size=ROW_GROUP)
 
 
 def _write_csv(run: Run, path: Path) -> None:
