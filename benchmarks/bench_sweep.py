@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from bench_trace import interleave
-from conftest import Gate
+from conftest import ROWS, Gate
 from subject import blip_base
 from transformers import BlipImageProcessorPil, BlipProcessor
 
@@ -28,9 +28,10 @@ from blip_trace.images import decode_image
 from blip_trace.lowering.load import shipped_model
 from blip_trace.scenes import photograph, random_scene
 from blip_trace.sweep.driver import Silent, sweep
-from blip_trace.sweep.executors import Executor
+from blip_trace.sweep.executors import Executor, make_executor
 from blip_trace.sweep.planning import Order
 from blip_trace.sweep.processes import Processes
+from blip_trace.sweep.receipts import Receipt
 from blip_trace.sweep.settings import Settings
 from blip_trace.sweep.sources import DataSet, open_data
 
@@ -54,11 +55,23 @@ class Clock(Silent):
     def __init__(self) -> None:
         self._times: list[float] = []
         self._samples: list[int] = []
+        self._commits: list[float] = []
+        self._work: list[float] = []
 
     def computed(self, samples: int) -> None:
         if samples:
             self._times.append(time.perf_counter())
             self._samples.append(samples)
+
+    def finished(self, receipt: Receipt) -> None:
+        self._commits.append(time.perf_counter())
+        self._work.append(receipt.seconds)
+
+    @property
+    def beyond(self) -> float:
+        """Seconds between two shards that were no work on them, the mean over all but the first."""
+        shards = len(self._commits) - 1
+        return (self._commits[-1] - self._commits[0] - sum(self._work[1:])) / shards
 
     @property
     def rate(self) -> float:
@@ -173,3 +186,15 @@ def test_two_processes(benchmark: Any, shipped: Callable[[int], Case], gate: Gat
         rounds=3,
     )
     gate({"sweep, two processes of one thread: rate over one of two": median(two) / median(one)})
+
+
+@pytest.mark.parametrize("executor", ["local", "processes", "ray"])
+def test_overhead_of_a_shard(benchmark: Any, shipped: Callable[[int], Case], executor: str) -> None:
+    """What a shard takes beyond its work, of one worker: told, not gated, for the disk is part of it."""
+    case = shipped(1)
+    case.shard_size = 10
+    clocks: list[Clock] = []
+    benchmark.pedantic(lambda: clocks.append(case.sweep(make_executor(executor, 1), threads=1)), rounds=1)
+    (clock,) = clocks
+    torch.set_num_threads(2)
+    ROWS.append((f"sweep, {executor}: ms of a shard beyond its work", clock.beyond * 1e3, None))
