@@ -134,6 +134,21 @@ def test_another_run_in_the_folder_is_refused(swept: Path) -> None:
     assert call("verify", swept).exit_code == 0
 
 
+def test_the_picture_that_is_swapped_in_is_part_of_the_run(tmp_path: Path) -> None:
+    """Another one under the same name makes another run."""
+    other, out = tmp_path / "other.png", tmp_path / "run"
+    command = ["sweep", "--data", "scenes:1", "--corrupt", "swap-image", "--swap", other, "--out", out]
+    missing = call(*command)
+    assert missing.exit_code == 2
+    assert "other.png" in said(missing)
+    random_scene(Random(1)).render(64).save(other)
+    assert call(*command).exit_code == call(*command).exit_code == 0
+    random_scene(Random(2)).render(64).save(other)
+    changed = call(*command)
+    assert changed.exit_code == 2
+    assert "files: planned" in said(changed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_and_resumed(tmp_path: Path, number: signal.Signals) -> None:
     """130, with what to type to go on; what was done stays."""

@@ -25,7 +25,7 @@ from .settings import Settings
 from .shard import ask_sample, request_of
 from .sources import DataSet
 from .staging import Selected, Staging, staging
-from .store import MANIFESTS, PLAN, SUCCESS, Store
+from .store import MANIFESTS, PLAN, SUCCESS, Store, file_sha256
 
 SHARD_OPERATIONS = 20e12
 """About a minute of work of two processor cores: what is lost at most when a process ends."""
@@ -79,6 +79,7 @@ class Order:
             "model": model_identity(model_folder(self.model)),
             "data": {"format": self.data.name, "limit": self.limit},
             "settings": self.settings.to_json(),
+            "files": [file_sha256(Path(name)) for name in self.settings.files],
             "dtype": self.dtype,
             "backend": tracer.backend,
         }

@@ -82,6 +82,12 @@ class Settings:
         """How many samples of the noise are drawn."""
         return 1 if PAIR in self.corrupt else count_samples(self._made({}))
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Pictures that the corruption of every sample takes."""
+        swap = self.corruption.get("swap")
+        return (*(() if swap is None else (str(swap),)), *map(str, self.corruption.get("reference", ())))
+
     def options(self) -> dict[str, Any]:
         """What `Tracer.request` is given, beside stacks, kinds and window."""
         return {
