@@ -27,8 +27,6 @@ from blip_trace.sweep.receipts import Receipt
 from blip_trace.sweep.shard import Stopped
 from blip_trace.sweep.worker import Job
 
-pytest.importorskip("ray")
-
 HANGS_AFTER = 150
 CLUSTER = """
 import logging, sys, ray

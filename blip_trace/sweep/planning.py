@@ -31,11 +31,12 @@ SHARD_OPERATIONS = 20e12
 """About a minute of work of two processor cores: what is lost at most when a process ends."""
 LEAST_SHARD, LARGEST_SHARD, UNKNOWN_SHARD = 8, 512, 64
 FEWEST_SHARDS = 16
+"""Of a large run, that several processes have something to do."""
 PROBED = 4
 """Samples by which a forecast is made."""
 ON_ERROR = ("skip", "stop")
 BYTES_PER_VALUE = {"float32": 3.5, "float16": 1.9}
-"""Of a map's number, compressed; measured on maps of the shipped model."""
+"""Roughly, of a map's number, compressed."""
 ROW_BYTES = 400
 """Of everything else in a row."""
 
