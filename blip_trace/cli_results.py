@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from .cli_errors import one_sentence_errors
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+if TYPE_CHECKING:
+    from .sweep.results.run import Run
+
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN", help="Folder or address of a run.", show_default=False)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -71,8 +76,17 @@ def report(
 
             loaded = load_run(run)
             media = Media(*loaded.images) if images is None else Media(images)
-            page = write_report(loaded, run / "report" if out is None else out, media.read)
+            page = write_report(loaded, _report_folder(loaded) if out is None else out, media.read)
         _say_written(page)
+
+
+def _report_folder(run: Run) -> Path:
+    """In the run's own folder, if that is one of this machine."""
+    from .sweep.disk import Disk
+
+    if not isinstance(run.store, Disk):
+        raise ValueError(f"{run.store} is no folder: say where the report is to be written, with --out DIR")
+    return run.store.root / "report"
 
 
 def _say_written(path: Path) -> None:

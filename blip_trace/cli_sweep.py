@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -37,7 +36,10 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder of the run; made if need be.", metavar="DIR")],
+    out: Annotated[
+        str,
+        typer.Option(help="Folder of the run, made if need be, or s3://BUCKET/FOLDER.", metavar="DIR"),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
@@ -145,7 +147,9 @@ def sweep(
         raise typer.Exit(FAILED_SAMPLES)
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.", show_default=False)]
+RunFolder = Annotated[
+    str, typer.Argument(metavar="DIR", help="Folder or address of a run.", show_default=False)
+]
 
 
 def status(run: RunFolder) -> None:
@@ -153,10 +157,10 @@ def status(run: RunFolder) -> None:
     errors = Console(stderr=True)
     with one_sentence_errors(errors):
         from .sweep.plan import Plan
-        from .sweep.store import SUCCESS, Store
+        from .sweep.store import SUCCESS, open_store
         from .sweep.verify import overview
 
-        store = Store(run)
+        store = open_store(run)
         plan = Plan.load(store)
         receipts = overview(store, plan)
     done = sum(receipt.samples for receipt in receipts)
@@ -187,10 +191,10 @@ def verify(
     errors = Console(stderr=True)
     with one_sentence_errors(errors):
         from .sweep.plan import Plan
-        from .sweep.store import Store
+        from .sweep.store import open_store
         from .sweep.verify import examine
 
-        store = Store(run)
+        store = open_store(run)
         plan = Plan.load(store)
         with errors.status("checking"):
             found = examine(store, plan, deep=True, repair=False)
@@ -270,7 +274,7 @@ def _print_estimate(found: Estimate) -> None:
     )
 
 
-def _print_outcome(outcome: Outcome, out: Path, seconds: float, rate: float) -> None:
+def _print_outcome(outcome: Outcome, out: str, seconds: float, rate: float) -> None:
     rows = {"results": _counts(outcome.statuses)}
     if rate:
         rows["took"] = f"{duration(seconds)}, {rate:.1f} samples a second"

@@ -33,7 +33,7 @@ from sweep_helpers import (
 
 from blip_trace.sweep.driver import sweep
 from blip_trace.sweep.planning import Order
-from blip_trace.sweep.store import SUCCESS, Store
+from blip_trace.sweep.store import SUCCESS, open_store
 
 KILLS, KILLS_OF_PROCESSES = 50, 12
 SEED = int(os.environ.get("FAULT_SEED", random.randrange(10**6)))
@@ -169,7 +169,7 @@ def test_driver_killed_at_random_times(given: Order, oracle: Path, tmp_path: Pat
             runs += 1
             folder = tmp_path / f"run-{runs}"
     assert runs >= 1
-    if Store(folder).has("plan.json"):
+    if open_store(folder).has("plan.json"):
         finished(given, folder, oracle, committed(folder))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blip_trace.sweep import store
+from blip_trace.sweep import disk as real
 
 
 class Crash(BaseException):
@@ -63,7 +63,7 @@ class Disk:
             if not path.exists():
                 disk._step(Step("mkdir", str(path)), lambda: disk._mkdir(path, *given, **options))
 
-        monkeypatch.setattr(store, "open", self._open, raising=False)
+        monkeypatch.setattr(real, "open", self._open, raising=False)
         monkeypatch.setattr(os, "fsync", self._synced)
         monkeypatch.setattr(os, "replace", self._replaced)
         monkeypatch.setattr(Path, "unlink", unlink)

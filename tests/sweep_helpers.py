@@ -28,7 +28,7 @@ from blip_trace.sweep.sample import Sample
 from blip_trace.sweep.settings import Settings
 from blip_trace.sweep.shard import Case, ShardTracer, Stopped, failed_row
 from blip_trace.sweep.sources import open_data
-from blip_trace.sweep.store import SUCCESS, Store, receipt_name, shard_name
+from blip_trace.sweep.store import SUCCESS, open_store, receipt_name, shard_name
 from blip_trace.sweep.verify import examine
 from blip_trace.sweep.worker import Job
 
@@ -45,11 +45,12 @@ def order(model: str | Path, data: str | Path = "scenes:4", shard_size: int = 5,
     return Order(open_data(data), str(model), Settings(**settings), limit=limit, shard_size=shard_size)
 
 
-def rows_of(folder: Path) -> dict[str, Row]:
+def rows_of(folder: Path | str) -> dict[str, Row]:
     """All rows of a run by their ids, each of which is there once."""
     rows: dict[str, Row] = {}
-    for path in sorted((folder / "shards").glob("*.parquet")):
-        for table in read_groups(path):
+    store = open_store(folder)
+    for name in store.names("shards"):
+        for table in read_groups(store.file(f"shards/{name}")):
             for row in table.to_pylist():
                 assert row["sample_id"] not in rows
                 rows[row["sample_id"]] = row
@@ -58,7 +59,7 @@ def rows_of(folder: Path) -> dict[str, Row]:
 
 def planned_ids(folder: Path) -> list[str]:
     """The ids of a run's plan."""
-    store = Store(folder)
+    store = open_store(folder)
     return [sample.id for shard in Plan.load(store).shards for sample in samples_of(store, shard)]
 
 
@@ -108,7 +109,7 @@ def committed(folder: Path) -> dict[str, tuple[int, str]]:
 
 def assert_whole(folder: Path, oracle: Path) -> None:
     """A run is complete, and its shards are byte for byte those of another; so each row is there once."""
-    store = Store(folder)
+    store = open_store(folder)
     found = examine(store, Plan.load(store), repair=False)
     assert found.complete, (found.open, found.wrong)
     assert store.has(SUCCESS)

@@ -45,7 +45,7 @@ from blip_trace.sweep.planning import Changed, Order, estimate
 from blip_trace.sweep.sample import Sample
 from blip_trace.sweep.settings import Settings
 from blip_trace.sweep.sources import DataSet, open_data
-from blip_trace.sweep.store import Store
+from blip_trace.sweep.store import open_store
 
 pytest_plugins = ("sweep_fixtures",)
 pytestmark = pytest.mark.usefixtures("hang_guard")
@@ -326,7 +326,7 @@ def test_samples_of_an_image_stay_together(
     for number in range(6):
         PIL.Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
     sweep(order(tiny_folder, tmp_path / "a.jsonl", shard_size=7), tmp_path / "run")
-    store = Store(tmp_path / "run")
+    store = open_store(tmp_path / "run")
     plan = Plan.load(store)
     shards = [{sample.image for sample in samples_of(store, shard)} for shard in plan.shards]
     assert len(shards) == 3
@@ -523,7 +523,7 @@ def test_estimate(tmp_path: Path, tiny_folder: Path) -> None:
     given = order(tiny_folder, shard_size=5)
     found = estimate(given, given.tracer())
     sweep(given, tmp_path)
-    plan = Plan.load(Store(tmp_path))
+    plan = Plan.load(open_store(tmp_path))
     assert (found.samples, found.images, found.problems) == (20, 4, 0)
     assert found.shards == len(plan.shards)
     cells = sum(
@@ -570,10 +570,10 @@ def test_a_process_of_its_own(tmp_path: Path, tiny_folder: Path) -> None:
     sweep(order(tiny_folder, "scenes:1"), tmp_path)
     code = """
 import sys
-from pathlib import Path
 from blip_trace.sweep.parquet import read_groups
 from blip_trace.sweep.driver import sweep
-groups = read_groups(next(Path(sys.argv[1], "shards").glob("*.parquet")))
+from blip_trace.sweep.store import open_store
+groups = read_groups(open_store(sys.argv[1]).file("shards/000000.parquet"))
 assert next(groups).num_rows == 5
 assert sweep(None, sys.argv[1]).complete
 print("done")

@@ -65,7 +65,7 @@ from blip_trace.sweep.planning import Order
 from blip_trace.sweep.processes import Assignment, Processes
 from blip_trace.sweep.shard import ShardTracer
 from blip_trace.sweep.sources import open_data
-from blip_trace.sweep.store import SUCCESS, Busy, Store
+from blip_trace.sweep.store import SUCCESS, Busy, open_store
 from blip_trace.sweep.verify import examine
 
 pytest_plugins = ("sweep_fixtures",)
@@ -362,12 +362,12 @@ def test_two_drivers(given: Order, oracle: Path, tmp_path: Path) -> None:
         for what in (given, None):
             with pytest.raises(Busy, match=f"process {child} on "):
                 sweep(what, folder)
-        assert str(child) in (Store(folder).owner() or "")
+        assert str(child) in (open_store(folder).owner() or "")
         assert files_of(folder) == before
     finally:
         os.kill(child, signal.SIGKILL)
         ended(child)
-    assert Store(folder).owner() is None
+    assert open_store(folder).owner() is None
     sweep(given, folder)
     assert_whole(folder, oracle)
 
@@ -418,7 +418,7 @@ def test_files_that_may_not_grow(limit: int, given: Order, oracle: Path, tmp_pat
             sweep(given, folder)
 
     assert forked(work, tmp_path / "log") == 0, (tmp_path / "log").read_text()
-    assert not Store(folder).has(SUCCESS)
+    assert not open_store(folder).has(SUCCESS)
     sweep(given, folder)
     assert_whole(folder, oracle)
 
@@ -481,7 +481,7 @@ def test_damaged_files(what: str, given: Order, oracle: Path, run: Path) -> None
     before = files_of(run)
     damage(run / name)
     shards = {number for number in range(SHARDS) if number not in expected}
-    found = examine(Store(run), Plan.load(Store(run)), repair=False)
+    found = examine(open_store(run), Plan.load(open_store(run)), repair=False)
     assert set(found.open) == set(expected)
     listener = Listener()
     outcome, done = again(run, None, reporter=listener)
@@ -529,7 +529,7 @@ def test_damaged_plan(given: Order, oracle: Path, run: Path) -> None:
 def test_flipped_bits(receipt: bool, given: Order, oracle: Path, run: Path) -> None:
     """Fault 6: no bit of a shard can change unnoticed, in its numbers, in what describes them or in its end,
     with its receipt or without."""
-    rng, path, store = Random(7), shard_file(run, 1), Store(run)
+    rng, path, store = Random(7), shard_file(run, 1), open_store(run)
     plan, whole = Plan.load(store), path.read_bytes()
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     places = [rng.randrange(*part) for part in ((4, footer), (footer, len(whole))) for _ in range(100)]
@@ -556,7 +556,7 @@ def test_flipped_bits_of_receipts(given: Order, oracle: Path, run: Path) -> None
         data = bytearray(whole)
         data[place] ^= 1 << bit
         receipt_file(run, 1).write_bytes(data)
-        store = Store(run)
+        store = open_store(run)
         found = examine(store, Plan.load(store), repair=False)
         assert found.statuses == {"ok": 5 * len(found.done)}
         assert found.open.keys() <= {1}
@@ -748,7 +748,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def verify(self) -> None:
         """It finds all that is damaged, and changes nothing."""
-        store, before = Store(self.folder), files_of(self.folder)
+        store, before = open_store(self.folder), files_of(self.folder)
         found = examine(store, Plan.load(store), deep=True, repair=False)
         assert self.hurt <= found.open.keys()
         assert not found.wrong

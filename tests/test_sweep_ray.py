@@ -25,6 +25,7 @@ from blip_trace.sweep.executors import Events, make_executor
 from blip_trace.sweep.processes import DEATHS, EARLY_DEATHS
 from blip_trace.sweep.receipts import Receipt
 from blip_trace.sweep.shard import Stopped
+from blip_trace.sweep.store import open_store
 from blip_trace.sweep.worker import Job
 
 HANGS_AFTER = 150
@@ -170,32 +171,36 @@ def test_no_cluster(tmp_path: Path) -> None:
         make_executor("ray", 1, "127.0.0.1:1").run(job, [0], events, None)
 
 
-def test_desk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_desk(place: str, tmp_path: Path) -> None:
     """What was computed when two processes died is computed alone; what then kills a third is given up."""
-    with Desk.set_up(str(tmp_path)) as desk:
+    store = open_store(tmp_path if place == "folder" else f"memory://{tmp_path}")
+    with Desk.set_up(store) as desk:
         for seen in ({"a", "b", "c"}, {"b", "d"}, {"b"}):
-            assert not Desk(desk.folder).take(3).lost
-            own = Desk(desk.folder)
+            assert not Desk(store, desk.name).take(3).lost
+            own = Desk(store, desk.name)
             own.take(3)  # it has found nothing that was being computed
             own.tell(sorted(seen), 0)
-        after = Desk(desk.folder).take(3)
+        after = Desk(store, desk.name).take(3)
         assert after.suspects == after.lost == {"b"}
-        assert Desk(desk.folder).take(4).deaths == 0
+        assert Desk(store, desk.name).take(4).deaths == 0
         desk.leave(3)
-        assert Desk(desk.folder).take(3).deaths == 0
+        assert Desk(store, desk.name).take(3).deaths == 0
         for _ in range(DEATHS - 1):
-            Desk(desk.folder).take(3)
+            Desk(store, desk.name).take(3)
         with pytest.raises(ChildProcessError, match=f"^{DEATHS} processes ended during shard 3$"):
-            Desk(desk.folder).take(3)
+            Desk(store, desk.name).take(3)
 
 
-def test_closed_desk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["folder", "bucket"])
+def test_closed_desk(place: str, tmp_path: Path) -> None:
     """Whoever was forgotten ends before it commits, also when the run goes on without it."""
-    with Desk.set_up(str(tmp_path)) as desk:
-        own = Desk(desk.folder)
+    store = open_store(tmp_path if place == "folder" else f"memory://{tmp_path}")
+    with Desk.set_up(store) as desk:
+        own = Desk(store, desk.name)
         own.take(0)
         assert own.starting() < EARLY_DEATHS
-    with Desk.set_up(str(tmp_path)) as after:
+    with Desk.set_up(store) as after:
         assert after.untouched()
         assert not own.open()
         for work in (lambda: own.tell((), 1), own.starting, lambda: own.take(1)):

@@ -206,8 +206,8 @@ def test_a_run_in_which_nothing_was_traced(rows: list[Row], tmp_path: Path) -> N
     assert "No sample was traced, so there is nothing to average." in page.text
     assert not page.pictures()
     assert "image 1 cannot be decoded" in page.text
-    (run.directory / "_SUCCESS").unlink()
-    page = Page(write_report(load_run(run.directory), tmp_path / "report"))
+    run.store.remove("_SUCCESS")
+    page = Page(write_report(load_run(run.store.address), tmp_path / "report"))
     assert "The run is not complete" in page.text
 
 

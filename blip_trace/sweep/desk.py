@@ -1,77 +1,81 @@
 """Where actors of a run leave notes for those that come after them, and learn that the run has ended.
 
-A folder of the run's, of one command: it is there as long as that command wants shards done. Notes are not
-made durable, for they outlive the processes that write them but need not outlive a machine.
+A folder of the run's, of one command, with an `OPEN` in it as long as that command wants shards done. Notes
+are not made durable, for they outlive the processes that write them but need not outlive a machine.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 from .processes import DEATHS, Assignment
 from .shard import Stopped
+from .store import Store
 
 FOLDER = ".computing"
 START = "start"
+OPEN = "open"
 
 
 class Desk:
     """The notes: of each shard that is being done, what is computed and how often that went wrong before; of
     each process that has not loaded the model yet, that it began."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self.name = name
+        self._folder = f"{FOLDER}/{name}"
         self._own: Assignment | None = None
 
     @classmethod
     @contextmanager
-    def set_up(cls, root: str) -> Iterator[Desk]:
+    def set_up(cls, store: Store) -> Iterator[Desk]:
         """A new one. Those of commands that were killed go, so that none of their actors commits any more."""
-        cls.clear(root)
-        folder = Path(root, FOLDER, uuid.uuid4().hex)
-        folder.mkdir(parents=True)
-        desk = cls(folder)
+        cls.clear(store)
+        desk = cls(store, uuid.uuid4().hex)
+        store.open_folder(desk._folder)
+        store.write(desk._path(OPEN), b"", durable=False)
         try:
             yield desk
         finally:
             desk.close()
 
     @staticmethod
-    def clear(root: str | Path) -> None:
+    def clear(store: Store) -> None:
         """Take away what a run that was killed has left."""
-        shutil.rmtree(Path(root, FOLDER), ignore_errors=True)
+        store.drop_folder(FOLDER)
 
     def close(self) -> None:
-        """Take it away: renamed first, for then it is gone at once for all who write into it."""
-        if self.open():
-            self.folder.rename(self.folder.with_name("gone"))
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        """Take it away."""
+        self._store.remove(self._path(OPEN))
+        self.clear(self._store)
 
     def open(self) -> bool:
         """Whether the run goes on."""
-        return self.folder.is_dir()
+        return self._store.has(self._path(OPEN))
 
     def untouched(self) -> bool:
         """Whether nobody has left a note."""
-        return not any(self.folder.iterdir())
+        return set(self._store.names(self._folder)) <= {OPEN}
 
     def starting(self) -> int:
         """Say that this process begins; returns how many do that or died of it, since one last succeeded."""
-        self._write(self.folder / f"{START}-{socket.gethostname()}-{os.getpid()}", {})
-        return len(list(self.folder.glob(f"{START}-*")))
+        self._write(f"{START}-{socket.gethostname()}-{os.getpid()}", {})
+        return len(self._starts())
 
     def started(self) -> None:
         """Say that this process has loaded the model."""
-        for path in self.folder.glob(f"{START}-*"):
-            path.unlink(missing_ok=True)
+        for name in self._starts():
+            self._store.remove(self._path(name))
+
+    def _starts(self) -> list[str]:
+        return [name for name in self._store.names(self._folder) if name.startswith(f"{START}-")]
 
     def take(self, number: int) -> Assignment:
         """Begin a shard; if there is a note of it, the process that wrote that has died.
@@ -79,9 +83,8 @@ class Desk:
         Raises ChildProcessError where that has happened again and again.
         """
         own = Assignment(number)
-        path = self._path(number)
-        if path.exists():
-            note = json.loads(path.read_bytes())
+        note = self._note(number)
+        if note is not None:
             sets = {name: set(note[name]) for name in ("seen", "suspects", "lost")}
             own = Assignment(number, note["deaths"], **sets)
             own.died(note["computing"])
@@ -99,19 +102,29 @@ class Desk:
         note = {
             name: sorted(value) if isinstance(value, set) else value for name, value in asdict(own).items()
         }
-        self._write(self._path(own.number), {**note, "computing": list(ids)})
+        self._write(_note_name(own.number), {**note, "computing": list(ids)})
 
     def leave(self, number: int) -> None:
         """The shard is committed."""
-        self._path(number).unlink(missing_ok=True)
+        self._store.remove(self._path(_note_name(number)))
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.json"
-
-    def _write(self, path: Path, content: object) -> None:
-        part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    def _note(self, number: int) -> Any:
         try:
-            part.write_text(json.dumps(content), encoding="utf-8")
-            part.replace(path)
+            return self._store.read_json(self._path(_note_name(number)))
+        except FileNotFoundError:
+            return None
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+    def _write(self, name: str, content: object) -> None:
+        if not self.open():
+            raise Stopped
+        try:
+            self._store.write_json(self._path(name), content, durable=False)
         except FileNotFoundError:
             raise Stopped from None
+
+
+def _note_name(number: int) -> str:
+    return f"{number:06d}.json"

@@ -20,7 +20,7 @@ from .plan import Plan
 from .planning import Order, begin, check_same
 from .receipts import Receipt
 from .shard import Stopped
-from .store import PLAN, SUCCESS, Store
+from .store import PLAN, SUCCESS, Store, open_store
 from .verify import Findings, examine, finish
 from .worker import Job
 
@@ -90,7 +90,8 @@ def sweep(
     threads: int | None = None,
     reporter: Reporter | None = None,
 ) -> Outcome:
-    """Trace a data set into the folder `out`, or go on with the run that is there.
+    """Trace a data set into `out`, a folder or an address like s3://bucket/folder, or go on with the run that
+    is there.
 
     order: what is to be swept; None: what was planned in that folder. executor: who does it, this process
     unless given. extend: samples that the data set has got since it was planned are added. retry: shards with
@@ -103,7 +104,7 @@ def sweep(
     it holds another run, and OSError, ValueError or TypeError, in one sentence, for what cannot be read,
     written or done at all.
     """
-    store = Store(out)
+    store = open_store(out)
     executor = executor or Local()
     reporter = reporter or Silent()
     if order is None:
@@ -112,7 +113,7 @@ def sweep(
     with store.lock(), _stopping(reporter) as stop:
         for name in store.leftovers():
             store.remove(name)
-        Desk.clear(store.root)
+        Desk.clear(store)
         tracer: Tracer | None = None
         if order is None:
             plan = Plan.load(store)
@@ -166,7 +167,7 @@ def _refuse_broken(found: Findings) -> None:
 def _job(store: Store, plan: Plan, order: Order | None, memory: int | None, threads: int | None) -> Job:
     places = plan.places if order is None else order.places()
     return Job(
-        root=str(store.root.absolute()),
+        root=store.address,
         model=str(model_folder(places["model"]).absolute()),
         images=places["images"],
         absolute=places["absolute"],

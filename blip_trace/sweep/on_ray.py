@@ -1,9 +1,10 @@
 """The shards of a run on a Ray cluster, through Ray Data.
 
-Ray hands out the numbers of shards and gets back receipts; everything else is in the run's folder, which
-every machine of the cluster must have under the same path (a shared disk), as it must the model and the
-images; and the same blip-trace. Each actor commits its shard itself, with the same bytes whoever does it, so
-that Ray may lose actors, do a shard twice or end altogether, and what is there is still right.
+Ray hands out the numbers of shards and gets back receipts; everything else is where the run is: object
+storage, or a folder that every machine of the cluster has under the same path (a shared disk). Model and
+images must be under the same path on every machine too, and the same blip-trace installed. Each actor commits
+its shard itself, with the same bytes whoever does it, so that Ray may lose actors, do a shard twice or end
+altogether, and what is there is still right.
 
 While Ray works, the folder has a `Desk`, by which actors know what others before them died of, and whether
 they are still wanted. Ray's driver is a process of its own: Ray takes signals, the process group and the
@@ -28,6 +29,7 @@ from .ray_driver import END_SECONDS as DRIVER_END_SECONDS
 from .ray_driver import Task, drive
 from .receipts import Receipt
 from .shard import Stopped
+from .store import open_store
 from .worker import Job
 
 if importlib.util.find_spec("ray") is None:
@@ -57,8 +59,8 @@ class OnRay:
         if not todo:
             return
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
-        with Desk.set_up(job.root) as desk:
-            task = Task(asdict(job), str(desk.folder), tuple(todo), self.workers, address, self.gpus)
+        with Desk.set_up(open_store(job.root)) as desk:
+            task = Task(asdict(job), desk.name, tuple(todo), self.workers, address, self.gpus)
             context = multiprocessing.get_context("spawn")
             ours, theirs = context.Pipe()
             process = context.Process(target=drive, args=(task, theirs), daemon=True, name="ray driver")

@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .store import Stored
+
 ROW_GROUP = 2048
 """Rows at most; a reader holds one group in memory."""
 
@@ -42,37 +44,38 @@ def encode(table: pa.Table) -> bytes:
     return out.getvalue()
 
 
-def open_file(path: Path) -> pq.ParquetFile:
+def open_file(file: Path | Stored) -> pq.ParquetFile:
     """A file whose pages are checked against their checksums as they are read. Raises `BROKEN`."""
-    return pq.ParquetFile(path, page_checksum_verification=True, memory_map=False)
+    path, filesystem = (file.path, file.filesystem) if isinstance(file, Stored) else (file, None)
+    return pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=True, memory_map=False)
 
 
-def read_groups(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_groups(file: Stored, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """A file's row groups, one after another.
 
     Raises ValueError, naming the file, where it is broken, and FileNotFoundError where it is missing.
     """
     try:
-        with open_file(path) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=None if columns is None else list(columns))
+        with open_file(file) as opened:
+            for group in range(opened.num_row_groups):
+                yield opened.read_row_group(group, columns=None if columns is None else list(columns))
     except FileNotFoundError:
         raise
     except BROKEN as error:
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
 
 
-def read_group(path: Path, group: int) -> pa.Table:
+def read_group(file: Stored, group: int) -> pa.Table:
     """One row group of a file. Raises as `read_groups`, and ValueError where there is no such group."""
     try:
-        with open_file(path) as file:
-            if not 0 <= group < file.num_row_groups:
+        with open_file(file) as opened:
+            if not 0 <= group < opened.num_row_groups:
                 raise ValueError(f"it has no row group {group}")
-            return file.read_row_group(group)
+            return opened.read_row_group(group)
     except FileNotFoundError:
         raise
     except BROKEN as error:
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is broken: {' '.join(str(error).split())}") from error
 
 
 def _leaves(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:

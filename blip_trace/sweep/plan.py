@@ -16,7 +16,7 @@ from .sample import Sample
 from .schema import Layout
 from .settings import Settings
 from .staging import Selected, Staging, add_digests
-from .store import MANIFESTS, PLAN, Store, file_sha256
+from .store import MANIFESTS, PLAN, Store
 
 FORMAT = "blip_trace.plan/1"
 OVERFULL = 2
@@ -111,7 +111,7 @@ class Plan:
     def load(cls, store: Store) -> Plan:
         """Raises ValueError where the folder's plan is broken, FileNotFoundError where it holds none."""
         if not store.has(PLAN):
-            raise FileNotFoundError(f"{store.root} holds no run: there is no {PLAN} in it")
+            raise FileNotFoundError(f"{store} holds no run: there is no {PLAN} in it")
         given = store.read_json(PLAN)
         try:
             if given["format"] != FORMAT:
@@ -131,7 +131,7 @@ class Plan:
                 raise ValueError("it was changed or damaged")
             return plan
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{store.path(PLAN)} is broken: {error}") from error
+            raise ValueError(f"{store.file(PLAN)} is broken: {error}") from error
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -171,7 +171,10 @@ def extend(store: Store, plan: Plan, staging: Staging, selected: Selected) -> Pl
             file.write_table(pa.Table.from_pylist([asdict(s) for s in samples], schema=SAMPLES))
             place = len(plan.shards) + group
             shards.append(Shard(place, len(samples), number, group, ids_digest(s.id for s in samples)))
-    part = Part(selected.samples, f"{selected.digest:x}", file_sha256(store.path(name)))
+    sha256 = store.sha256(name)
+    if sha256 is None:
+        raise OSError(f"{store.file(name)} was written and is not there")
+    part = Part(selected.samples, f"{selected.digest:x}", sha256)
     extended = replace(plan, parts=(*plan.parts, part), shards=(*plan.shards, *shards))
     extended.save(store)
     return extended
@@ -180,13 +183,13 @@ def extend(store: Store, plan: Plan, staging: Staging, selected: Selected) -> Pl
 def samples_of(store: Store, shard: Shard) -> list[Sample]:
     """The samples of a shard. Raises ValueError where the manifest is broken or not the one that was
     planned."""
-    path = store.path(manifest_name(shard.part))
-    rows = read_group(path, shard.group).to_pylist()
+    file = store.file(manifest_name(shard.part))
+    rows = read_group(file, shard.group).to_pylist()
     samples = [
         Sample(**{**row, "answers": tuple(row["answers"]), "extra": dict(row["extra"])}) for row in rows
     ]
     if ids_digest(sample.id for sample in samples) != shard.ids:
-        raise ValueError(f"{path} is not the one that was planned")
+        raise ValueError(f"{file} is not the one that was planned")
     return samples
 
 

@@ -25,7 +25,7 @@ from .settings import Settings
 from .shard import ask_sample, request_of
 from .sources import DataSet
 from .staging import Selected, Staging, staging
-from .store import MANIFESTS, PLAN, SUCCESS, Store, file_sha256
+from .store import PLAN, SUCCESS, Store, file_sha256
 
 SHARD_OPERATIONS = 20e12
 """About a minute of work of two processor cores: what is lost at most when a process ends."""
@@ -116,7 +116,7 @@ def begin(store: Store, order: Order, tracer: Tracer, grow: bool = False) -> Pla
     grow: samples that the data set has got since are planned behind the others.
     Raises Changed, naming what differs, where the folder holds a run of something else.
     """
-    with staging(store.path(MANIFESTS), order.settings.seed) as staged:
+    with staging(store.scratch(), order.settings.seed) as staged:
         selected = _filled(staged, order)
         identity = order.identity(tracer)
         if not store.has(PLAN):
@@ -130,13 +130,13 @@ def begin(store: Store, order: Order, tracer: Tracer, grow: bool = False) -> Pla
         check_same(store, plan, identity)
         if order.shard_size not in (None, plan.shard_size):
             raise Changed(
-                f"{store.root} was planned in shards of {plan.shard_size} samples, not of {order.shard_size}"
+                f"{store} was planned in shards of {plan.shard_size} samples, not of {order.shard_size}"
             )
         if selected == plan.data:
             return plan
         if not grow:
             raise Changed(
-                f"the data set has changed since {store.root} was planned: it had {plan.samples} samples and "
+                f"the data set has changed since {store} was planned: it had {plan.samples} samples and "
                 f"now has {selected.samples}, not all of them the same; --extend adds new ones to the run"
             )
         return _grown(store, plan, order, staged)
@@ -150,7 +150,7 @@ def check_same(store: Store, plan: Plan, identity: Mapping[str, Any]) -> None:
     found = differences(planned, identity)
     if found:
         listed = "; ".join(found)
-        raise Changed(f"{store.root} holds another run, so go on with that or name another folder: {listed}")
+        raise Changed(f"{store} holds another run, so go on with that or name another folder: {listed}")
 
 
 def estimate(order: Order, tracer: Tracer) -> Estimate:
@@ -239,7 +239,7 @@ def _grown(store: Store, plan: Plan, order: Order, staged: Staging) -> Plan:
     changed = staged.forget(known)
     if changed:
         raise Changed(
-            f"{len(changed)} of the samples planned in {store.root} are gone or changed, so it cannot grow: "
+            f"{len(changed)} of the samples planned in {store} are gone or changed, so it cannot grow: "
             f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}"
         )
     store.remove(SUCCESS)

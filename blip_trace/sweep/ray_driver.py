@@ -38,7 +38,7 @@ has `stopped`."""
 
 @dataclass(frozen=True)
 class Task:
-    """What a driver is to do. job: the fields of a `Job`; desk: where that of the run is; workers: None: as
+    """What a driver is to do. job: the fields of a `Job`; desk: the name of the run's; workers: None: as
     many as fit; address: of a cluster, or "local"; gpus: of each worker."""
 
     job: Mapping[str, Any]
@@ -181,14 +181,13 @@ class Hand:
     """
 
     def __init__(self, job: Mapping[str, Any], desk: str, host: str, workers: int) -> None:
-        from pathlib import Path
-
         from .desk import Desk
+        from .store import open_store
         from .worker import Job
 
         # The work is done in a thread, so that this one can answer at once when it is not wanted any more.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
-        self._desk = Desk(Path(desk))
+        self._desk = Desk(open_store(job["root"]), desk)
         self._worker = self._thread.submit(self._begin, Job(**job), host, workers)
         self._await(self._worker)
 
@@ -222,12 +221,13 @@ class Hand:
     def _begin(self, job: Job, host: str, workers: int) -> Worker:
         from .pictures import reading
         from .processes import EARLY_DEATHS
+        from .store import open_store
         from .worker import Worker
 
         here = socket.gethostname()
         if not self._desk.open():
             raise FileNotFoundError(
-                f"{here} does not see the run in {job.root}: every machine of the cluster needs that folder"
+                f"{here} does not see the run in {open_store(job.root)}: every machine must reach that"
             )
         if self._desk.starting() >= workers + EARLY_DEATHS:
             raise ChildProcessError("processes end before they have loaded the model")
@@ -255,11 +255,11 @@ def check_places(job: Job, here: str) -> None:
 
     from .identity import model_identity
     from .plan import Plan
-    from .store import Store
+    from .store import open_store
 
     if job.images is not None and not os.path.isdir(job.images):
         raise FileNotFoundError(f"{here} has no folder {job.images}: every machine needs the images there")
-    if model_identity(Path(job.model)) != Plan.load(Store(job.root)).identity["model"]:
+    if model_identity(Path(job.model)) != Plan.load(open_store(job.root)).identity["model"]:
         raise ValueError(f"the model in {job.model} of {here} is not the one that the run was planned with")
 
 

@@ -109,7 +109,7 @@ def check_shard(store: Store, plan: Plan, shard: Shard, repair: bool = True) -> 
         statuses = _statuses(store, plan.layout, shard)
     except ValueError as error:
         return None, str(error)
-    size = store.path(name).stat().st_size
+    size = len(store.read(name))
     note = "the receipt was lost and written again"
     receipt = Receipt(shard.number, plan.run_id, found, size, shard.ids, statuses, notes=(note,))
     if repair:
@@ -119,7 +119,7 @@ def check_shard(store: Store, plan: Plan, shard: Shard, repair: bool = True) -> 
 
 def _statuses(store: Store, layout: Layout, shard: Shard) -> dict[str, int]:
     """Rows by status of a shard without a receipt. Raises ValueError where they are not what was planned."""
-    path = store.path(shard_name(shard.number))
+    path = store.file(shard_name(shard.number))
     try:
         with open_file(path) as file:
             schema = file.schema_arrow
@@ -134,6 +134,6 @@ def _statuses(store: Store, layout: Layout, shard: Shard) -> dict[str, int]:
     if ids_digest(map(str, ids)) != shard.ids or not statuses.keys() <= set(STATUSES):
         raise ValueError(f"{path} holds other samples than were planned")
     # Checksums cover what is in the pages, not what describes them: all of it, written again, must be equal.
-    if encode(pa.Table.from_arrays(table.columns, schema=expected)) != path.read_bytes():
+    if encode(pa.Table.from_arrays(table.columns, schema=expected)) != store.read(shard_name(shard.number)):
         raise ValueError(f"{path} was damaged, or written by another version of pyarrow")
     return dict(statuses)

@@ -1,16 +1,17 @@
-"""A run's folder: every file in it is there as a whole or not at all, also after a power cut."""
+"""A run's files by name, wherever they are: each of them is there as a whole or not at all."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from pyarrow import fs
 
 PLAN = "plan.json"
 SUCCESS = "_SUCCESS"
@@ -23,134 +24,134 @@ class Busy(OSError):
     """Somebody else is writing into this run."""
 
 
-class Store:
-    """The files of one run."""
+@dataclass(frozen=True)
+class Stored:
+    """A file of a run, as pyarrow opens it; its text is how it is called."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    filesystem: fs.FileSystem
+    path: str
+    called: str
 
+    def __str__(self) -> str:
+        return self.called
+
+
+class Store(ABC):
+    """The files of one run. Its text is how the run's place is called, without anything secret in it.
+
+    Names are relative, with a slash between folder and file. Whatever reads raises FileNotFoundError where
+    there is no such file; whatever reads or writes raises OSError where that fails.
+    """
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """What `open_store` opens this with in any process and in any folder."""
+
+    @abstractmethod
     def make(self) -> None:
-        """Make the folder. Raises NotADirectoryError where it is a file, OSError where it cannot be made."""
-        if self.root.exists() and not self.root.is_dir():
-            raise NotADirectoryError(f"{self.root} is a file, not a folder for a run")
-        for name in FOLDERS:
-            _make_folder(self.root / name)
+        """Make the place, if need be. Raises OSError where it cannot be made."""
 
+    @abstractmethod
     def unmake(self) -> None:
         """Take away what `make` made, if nothing has come into it."""
-        for name in (*FOLDERS, ""):
-            with suppress(OSError):
-                if not name:
-                    self.remove(LOCK)
-                (self.root / name).rmdir()
 
-    def path(self, name: str) -> Path:
-        """Where a file is."""
-        return self.root / name
+    @abstractmethod
+    def writing(self, name: str, durable: bool = True) -> AbstractContextManager[BinaryIO]:
+        """A file to write into, which is there when that ends well, and as it was before if not; `durable`:
+        also after a power cut. Raises FileNotFoundError where it belongs into a folder that is gone."""
 
-    def write(self, name: str, data: bytes) -> str:
-        """Write a file for good; returns its SHA-256."""
-        with self.writing(name) as file:
+    @abstractmethod
+    def reading(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """A file to read from."""
+
+    @abstractmethod
+    def file(self, name: str) -> Stored:
+        """A file for pyarrow to open, whether it is there or not."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """The files in a folder, in order; none where there is no such folder."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Take a file away, if it is there."""
+
+    @abstractmethod
+    def open_folder(self, name: str) -> None:
+        """Make a folder for files that need not last."""
+
+    @abstractmethod
+    def drop_folder(self, name: str) -> None:
+        """Take such a folder away with all that is in it, if it is there."""
+
+    @abstractmethod
+    def scratch(self) -> Path:
+        """A folder of this machine with room for files as large as those of the run."""
+
+    @abstractmethod
+    def leftovers(self) -> list[str]:
+        """Files that somebody began to write and did not finish."""
+
+    @abstractmethod
+    def lock(self) -> AbstractContextManager[None]:
+        """Keep others from writing into this run. Raises Busy, naming who does."""
+
+    @abstractmethod
+    def owner(self) -> str | None:
+        """Who is writing into this run now, or None."""
+
+    def write(self, name: str, data: bytes, durable: bool = True) -> None:
+        """Write all of a file: see `writing`."""
+        with self.writing(name, durable) as file:
             file.write(data)
-        return hashlib.sha256(data).hexdigest()
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write into, which is there for good when that ends well and not at all otherwise.
+    def read(self, name: str) -> bytes:
+        """All of a file."""
+        with self.reading(name) as file:
+            return file.read()
 
-        First under another name in the same folder, then made durable, then renamed, then the folder made
-        durable: whoever looks sees all of it or none, whenever the machine stops.
-        """
-        path = self.path(name)
-        part = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-    def write_json(self, name: str, content: object) -> None:
-        """Write a file of JSON for good."""
+    def write_json(self, name: str, content: object, durable: bool = True) -> None:
+        """Write a file of JSON."""
         text = json.dumps(content, ensure_ascii=False, indent=1)
         if not text.isascii() and text != text.encode("utf-8", "replace").decode():
             text = json.dumps(content, indent=1)  # paths may be no UTF-8
-        self.write(name, (text + "\n").encode())
+        self.write(name, (text + "\n").encode(), durable)
 
     def read_json(self, name: str) -> Any:
-        """Raises ValueError where the file is no JSON, FileNotFoundError where it is missing."""
+        """Raises ValueError where the file is no JSON."""
         try:
-            return json.loads(self.path(name).read_bytes())
+            return json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path(name)} is broken: {error}") from error
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.path(name).is_file()
-
-    def remove(self, name: str) -> None:
-        """Take a file away, if it is there."""
-        self.path(name).unlink(missing_ok=True)
+            raise ValueError(f"{self.file(name)} is broken: {error}") from error
 
     def sha256(self, name: str) -> str | None:
         """Of a file's bytes; None where there is no such file."""
-        return file_sha256(self.path(name)) if self.has(name) else None
-
-    def leftovers(self) -> list[str]:
-        """Files that somebody began to write and did not finish."""
-        found = [path for name in ("", *FOLDERS) for path in (self.root / name).glob(".*.part")]
-        return sorted(str(path.relative_to(self.root)) for path in found)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep others from writing into this run. The lock ends with this process, however it ends.
-
-        Raises Busy, naming who holds it.
-        """
-        with open(self.path(LOCK), "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise Busy(f"{self.root} is being written by {owner}: wait for it, or stop it") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
-            file.truncate(0)
-
-    def owner(self) -> str | None:
-        """Who is writing into this run now, or None."""
-        if not self.has(LOCK):
+        try:
+            with self.reading(name) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        except FileNotFoundError:
             return None
-        with open(self.path(LOCK), encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-        return None
 
 
-def _make_folder(path: Path) -> None:
-    """Make a folder, and those above it, each for good."""
-    if not path.is_dir():
-        _make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+def open_store(place: str | Path) -> Store:
+    """The files of the run in a folder, or in a bucket: s3://, gs://, abfs://, or whatever fsspec knows.
 
+    Raises ValueError for a kind of storage that nobody knows.
+    """
+    from .bucket import open_bucket
+    from .disk import Disk
 
-def _sync_folder(path: Path) -> None:
-    """Make durable which files there are in a folder."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", place):
+        scheme, _, rest = place.partition("://")
+        if scheme.lower() != "file":
+            return open_bucket(place)
+        place = "/" + rest.lstrip("/")
+    return Disk(Path(place))
 
 
 def file_sha256(path: Path) -> str:

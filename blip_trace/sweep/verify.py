@@ -42,13 +42,13 @@ def examine(store: Store, plan: Plan, deep: bool = False, repair: bool = True) -
     for number, part in enumerate(plan.parts):
         name = manifest_name(number)
         if store.sha256(name) != part.sha256:
-            wrong.append(f"{store.path(name)} is missing or is not the one that was planned")
+            wrong.append(f"{store.file(name)} is missing or is not the one that was planned")
     done, left = {}, {}
     for shard in plan.shards:
         receipt, reason = check_shard(store, plan, shard, repair)
         if receipt is not None and deep:
             try:
-                for _ in read_groups(store.path(shard_name(shard.number))):
+                for _ in read_groups(store.file(shard_name(shard.number))):
                     pass
             except ValueError as error:
                 receipt, reason = None, str(error)
@@ -91,9 +91,9 @@ def _strangers(store: Store, plan: Plan) -> list[str]:
     known = {shard_name(shard.number) for shard in plan.shards}
     known |= {receipt_name(shard.number) for shard in plan.shards}
     found = [
-        f"{folder}/{path.name}"
+        f"{folder}/{name}"
         for folder in (SHARDS, RECEIPTS)
-        for path in sorted(store.path(folder).glob("*"))
-        if not path.name.startswith(".")
+        for name in store.names(folder)
+        if not name.startswith(".")
     ]
-    return [f"{store.path(name)} does not belong to this run" for name in found if name not in known]
+    return [f"{store.file(name)} does not belong to this run" for name in found if name not in known]

@@ -17,7 +17,7 @@ from .media import Media
 from .plan import Plan, samples_of
 from .receipts import Receipt, commit
 from .shard import ShardTracer
-from .store import Store
+from .store import open_store
 
 Told = Callable[[Sequence[str], int], None]
 """Called with the ids of samples before they are computed, and with how many are done after them."""
@@ -25,7 +25,7 @@ Told = Callable[[Sequence[str], int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """Where a run is, its model and its images (see `Media`), and what of this machine it may use. memory:
+    """Where a run is (see `open_store`), its model, its images (see `Media`), and what it may use. memory:
     bytes of activations in one pass; threads of each process; None: as torch and the tracer choose."""
 
     root: str
@@ -49,7 +49,7 @@ class Worker:
     ) -> None:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        self._store = Store(job.root)
+        self._store = open_store(job.root)
         self._plan = Plan.load(self._store)
         identity = self._plan.identity
         if tracer is None:

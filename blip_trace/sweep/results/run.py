@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from ...sites import check_names
 from ..parquet import BROKEN, open_file, read_groups
 from ..schema import METADATA, STATUSES, Layout
-from ..store import PLAN, SHARDS, SUCCESS
+from ..store import PLAN, SHARDS, SUCCESS, Store, Stored, open_store
 from .profiles import indirect_effect
 
 if TYPE_CHECKING:
@@ -48,10 +48,10 @@ class Run:
     of another run.
     """
 
-    directory: Path
+    store: Store
     layout: Layout
     plan: Mapping[str, Any]
-    shards: tuple[Path, ...]
+    shards: tuple[Stored, ...]
     complete: bool
 
     @property
@@ -83,8 +83,8 @@ class Run:
     def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Groups of rows, one after another. Raises ValueError for a column that there is not."""
         names = self._check_columns(columns)
-        for path in self.shards:
-            yield from self._groups_of(path, names)
+        for file in self.shards:
+            yield from self._groups_of(file, names)
 
     def rows(
         self, columns: Sequence[str] | None = None, status: str | Collection[str] | None = None
@@ -107,14 +107,14 @@ class Run:
     def row(self, sample_id: str, columns: Sequence[str] | None = None) -> dict[str, Any]:
         """One sample's row. Raises KeyError for an unknown sample, ValueError for an unknown column."""
         names = self._check_columns(columns)
-        for path in self.shards:
-            for number, ids in enumerate(self._groups_of(path, ["sample_id"])):
+        for file in self.shards:
+            for number, ids in enumerate(self._groups_of(file, ["sample_id"])):
                 place = pc.index(ids["sample_id"], sample_id).as_py()
                 if place >= 0:
-                    (table,) = islice(self._groups_of(path, names), number, number + 1)
+                    (table,) = islice(self._groups_of(file, names), number, number + 1)
                     (found,) = table.slice(place, 1).to_pylist()
                     return found  # type: ignore[no-any-return]
-        raise KeyError(f"{self.directory} has no sample {sample_id!r}")
+        raise KeyError(f"{self.store} has no sample {sample_id!r}")
 
     def counts(self) -> dict[str, int]:
         """How many rows have each status."""
@@ -214,12 +214,12 @@ class Run:
         )
         return SampleMap(values, error, tokens, roles, positions)
 
-    def _groups_of(self, path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
-        for table in read_groups(path, columns):
+    def _groups_of(self, file: Stored, columns: Sequence[str]) -> Iterator[pa.Table]:
+        for table in read_groups(file, columns):
             if (table.schema.metadata or {}).get(METADATA) != self.layout.to_json().encode():
-                raise ValueError(f"{path} belongs to another run")
+                raise ValueError(f"{file} belongs to another run")
             if missing := set(columns) - set(table.column_names):
-                raise ValueError(f"{path} is broken: it lacks the column {min(missing)}")
+                raise ValueError(f"{file} is broken: it lacks the column {min(missing)}")
             yield table
 
     def _check_columns(self, columns: Sequence[str] | None) -> tuple[str, ...]:
@@ -227,23 +227,25 @@ class Run:
         return tuple(names) if columns is None else check_names("column", columns, names)
 
 
-def load_run(directory: str | Path) -> Run:
-    """The results in a run's folder, those of a run that goes on as far as they are there.
+def load_run(place: str | Path) -> Run:
+    """The results of a run in a folder or at an address like s3://bucket/folder, those of a run that goes on
+    as far as they are there.
 
     Raises FileNotFoundError where there is no run or no result yet, and ValueError where one of its files is
     broken or a complete run lacks one.
     """
-    directory = Path(directory)
-    if not (directory / PLAN).is_file():
-        raise FileNotFoundError(f"{directory} is no run: it holds no {PLAN}")
-    plan = _read_plan(directory / PLAN)
-    shards = tuple(sorted((directory / SHARDS).glob("[0-9]*.parquet")))
+    store = open_store(place)
+    if not store.has(PLAN):
+        raise FileNotFoundError(f"{store} is no run: it holds no {PLAN}")
+    plan = _read_plan(store)
+    names = [name for name in store.names(SHARDS) if re.fullmatch(r"[0-9]+\.parquet", name)]
+    shards = tuple(store.file(f"{SHARDS}/{name}") for name in names)
     if not shards:
-        raise FileNotFoundError(f"{directory} holds no results yet")
-    complete = (directory / SUCCESS).is_file()
+        raise FileNotFoundError(f"{store} holds no results yet")
+    complete = store.has(SUCCESS)
     if complete and len(shards) != len(plan["shards"]):
         raise ValueError(
-            f"{directory} was complete with {len(plan['shards'])} files of results, but holds {len(shards)}"
+            f"{store} was complete with {len(plan['shards'])} files of results, but holds {len(shards)}"
         )
     try:
         with open_file(shards[0]) as file:
@@ -251,15 +253,15 @@ def load_run(directory: str | Path) -> Run:
         layout = Layout.from_json(metadata.get(METADATA, b"{}").decode())
     except BROKEN as error:
         raise ValueError(f"{shards[0]} is broken: {' '.join(str(error).split())}") from error
-    return Run(directory, layout, plan, shards, complete)
+    return Run(store, layout, plan, shards, complete)
 
 
-def _read_plan(path: Path) -> Mapping[str, Any]:
+def _read_plan(store: Store) -> Mapping[str, Any]:
     try:
-        plan = json.loads(path.read_bytes())
+        plan = store.read_json(PLAN)
         if not isinstance(plan["settings"], dict) or not isinstance(plan["shards"], list):
             raise TypeError("its settings or shards have another type")
         int(plan["samples"])
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is no plan of a run: {error}") from error
+        raise ValueError(f"{store.file(PLAN)} is no plan of a run: {error}") from error
     return plan  # type: ignore[no-any-return]
