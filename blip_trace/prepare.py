@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cost, engine, hooks
+from .cache import Cache
 from .corruption import Corrupted, Corruption, Edit, Original, corrupt
 from .embedding import embed_patches, word_table
 from .inputs import Inputs
@@ -125,7 +125,7 @@ class Preparer:
     def __init__(self, program: Program, inputs: Inputs) -> None:
         self._program = program
         self._inputs = inputs
-        self._states: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._states = Cache[Tensor](CACHED_BYTES, lambda states: states.nbytes)
 
     def shapes(self, asked: Asked) -> dict[str, Shape]:
         """What the stacks have for this question."""
@@ -174,15 +174,14 @@ class Preparer:
     def _image_states(self, vision: Vision, pixels: Tensor) -> Tensor:
         """Image states [N, D] of pixel values [1, 3, H, W], from the cache if they were seen before."""
         key = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest()
-        if key not in self._states:
+
+        def encode() -> Tensor:
             states = vision.encode(vision.embed(pixels))[0]
             if not bool(torch.isfinite(states).all()):
                 raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
-            self._states[key] = states
-            while len(self._states) > max(1, CACHED_BYTES // states.nbytes):
-                self._states.popitem(last=False)
-        self._states.move_to_end(key)
-        return self._states[key]
+            return states
+
+        return self._states.get(key, encode)
 
     @property
     def _image_shape(self) -> tuple[int, int]:

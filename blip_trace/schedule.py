@@ -20,10 +20,14 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from .cache import Cache
 from .contexts import Attended, Contexts, Knockout, Override
 from .layout import Ints, Layout, int32
 from .runs import Change, Job, Lose, Take, bases_of, changes_of, inputs_of
 from .sites import KINDS
+
+CACHED_BYTES = 2**27
+"""Of plans that are kept."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,17 @@ class Plan:
         """Rows of the last stack."""
         return self.stacks[-1].rows
 
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors, about: of what says for each row where it comes from."""
+        steps = [step for stack in self.stacks for step in stack.steps]
+        moved = [rows for step in steps for rows in (step.residual_rows, step.update_rows, step.head_rows)]
+        return sum(rows.nbytes for rows in moved if rows is not None)
 
-@lru_cache(maxsize=64)
+
+_plans = Cache[Plan](CACHED_BYTES, lambda made: made.nbytes)
+
+
 def plan(image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Job, ...], states: int) -> Plan:
     """Plan a pass over `jobs` through the text stacks, in order, and before them through the image stack
     unless it is None.
@@ -105,6 +118,12 @@ def plan(image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Jo
     image stack's final states where that is not run. Its embedded texts likewise enter the first text stack,
     which attends to the image; each further one attends to the one before.
     """
+    return _plans.get((image, texts, jobs, states), lambda: _planned(image, texts, jobs, states))
+
+
+def _planned(
+    image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Job, ...], states: int
+) -> Plan:
     changes = changes_of(jobs)
     base_of = bases_of(jobs)
     inputs = [inputs_of(job) for job in jobs]
