@@ -122,7 +122,7 @@ AGAINST_HOOKS: dict[str, Callable[[], Job]] = {
     "windows of three": lambda: job(states(window=3)),
     "severed mlp": lambda: job(states(sever=("mlp",))),
     "knockout": knockouts,
-    "all metrics": lambda: job(states(), vocabulary=True),
+    "all metrics": lambda: job(states(), reads="vocabulary"),
     "image stack": image_stack,
     "caption": caption,
     "match": match,

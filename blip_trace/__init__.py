@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from .lowering.load import shipped_model
     from .ops import BackendUnavailableError
-    from .result import Restored, TraceResult
+    from .result import Logits, Restored, TraceResult
     from .sites import Cell, Cut, Site
     from .sweep.results import Run, load_run
     from .tracer import Tracer
@@ -35,6 +35,7 @@ __all__ = [
     "ImageAblation",
     "ImageRegion",
     "ImageSwap",
+    "Logits",
     "PatchNoise",
     "PixelNoise",
     "Restored",
@@ -71,6 +72,7 @@ _HOMES = {
     "TokenNoise": "corruption",
     "Together": "corruption",
     "TokenSwap": "corruption",
+    "Logits": "result",
     "Restored": "result",
     "Run": "sweep.results",
     "Screen": "attribution",

@@ -101,7 +101,7 @@ def estimate(
         foil = None if task.foil_ids is None else check_foil(answer, task.foil_ids)
 
         def read(logits: Tensor) -> Readings:
-            return hooks.readings(logits, answer, foil, clean_logits if task.vocabulary else None)
+            return hooks.readings(logits, answer, foil, clean_logits, task.reads)
 
         parts = []
         for sample in range(task.samples):

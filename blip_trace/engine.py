@@ -12,7 +12,7 @@ from . import cost
 from .contexts import Knockout
 from .embedding import embed_text, layer_norm
 from .head import Asked, read_answers
-from .metrics import Readings
+from .metrics import Readings, Reads
 from .ops import OpSet
 from .program import (
     CrossAttention,
@@ -53,7 +53,7 @@ class Task:
     clean; where both are, there is one sample, the clean run itself.
 
     `patches`: the image is given by its embedded patches, and the image stack is part of the trace.
-    `foil_ids`, `vocabulary`: see `head.Asked`.
+    `foil_ids`, `reads`: see `head.Asked`.
     """
 
     text_ids: Tensor
@@ -65,7 +65,7 @@ class Task:
     words: Tensor | None = None
     patches: bool = False
     foil_ids: Tensor | None = None
-    vocabulary: bool = False
+    reads: Reads = "answer"
 
     @property
     def samples(self) -> int:
@@ -178,7 +178,7 @@ def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: 
             )
             states = _run_stack(stack, shape, ops, embedded, states, tick)
     asked = [
-        Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.vocabulary)
+        Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.reads)
         for rows, task in zip(plan.answer_rows, tasks, strict=True)
     ]
     read = read_answers(program.head, ops, states, asked)
@@ -359,7 +359,7 @@ def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
 
     def patched(name: str) -> Tensor:
         rows: Tensor = torch.cat([part.patched[name].flatten(0, 1) for part in parts])
-        return rows.view(samples, cells, -1)
+        return rows.view(samples, cells, *rows.shape[1:])
 
     def corrupted(name: str) -> Tensor:
         # parts of one sample repeat its corrupted run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .embedding import layer_norm
-from .metrics import OWN, Readings, check_foil, completed, vocabulary_readings
+from .metrics import OWN, Readings, Reads, check_foil, completed, vocabulary_readings
 from .ops import OpSet
 from .program import Head
 
@@ -20,13 +20,12 @@ BLOCK_BYTES = 2**25
 @dataclass(frozen=True)
 class Asked:
     """What is read of one question: `rows` [runs, A] hold its answers, first those of the clean run. Answer
-    and foil: token ids, the last of the answer perhaps `metrics.OWN`. `vocabulary`: also what takes the
-    logits of all words."""
+    and foil: token ids, the last of the answer perhaps `metrics.OWN`."""
 
     rows: Tensor
     answer_ids: Tensor
     foil_ids: Tensor | None
-    vocabulary: bool
+    reads: Reads
 
 
 def read_answers(
@@ -52,8 +51,11 @@ def read_answers(
         }
         if question.foil_ids is not None:
             readings["foil_logit"] = logits[rows, 1]
-        if question.vocabulary:
+        if question.reads == "vocabulary":
             readings |= _over_vocabulary(head, ops, hidden, log_sum_exp, rows, answer)
+        if question.reads == "logits":
+            distinct, of_run = rows.unique(return_inverse=True)
+            readings["logits"] = _all_logits(head, ops, hidden[distinct])[of_run]
         found.append((answer, readings))
     return found
 

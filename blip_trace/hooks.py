@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from .engine import Progress, Scores, Task
-from .metrics import Readings, check_foil, completed
+from .metrics import Readings, Reads, check_foil, completed
 from .sites import Cut, Site
 
 Edit = Callable[[Tensor], Tensor]
@@ -121,7 +121,7 @@ def score(model: Any, tasks: Sequence[Task], progress: Progress | None = None) -
             foil: Tensor | None = foil,
             clean_logits: Tensor = clean_logits,
         ) -> Readings:
-            return readings(logits, answer, foil, clean_logits if task.vocabulary else None)
+            return readings(logits, answer, foil, clean_logits, task.reads)
 
         with recording(model, taken | kept) as corrupted_states:
             corrupted = run(model, task)
@@ -185,8 +185,10 @@ def text_heads(model: Any) -> int:
     return heads
 
 
-def readings(logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: Tensor | None) -> Readings:
-    """Readings [S, A] of logits [S, A, V]; divergence and rank where the clean logits [1, A, V] are given."""
+def readings(
+    logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: Tensor, reads: Reads
+) -> Readings:
+    """Readings [S, A] of logits [S, A, V], beside the clean ones [1, A, V]."""
     wide = logits.double()
 
     def of(tokens: Tensor, values: Tensor) -> Tensor:
@@ -197,10 +199,12 @@ def readings(logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: 
     found = {"log_probability": of(answer, log_probs), "logit": own}
     if foil is not None:
         found["foil_logit"] = of(foil, wide)
-    if clean_logits is not None:
+    if reads == "vocabulary":
         clean = clean_logits.double().log_softmax(-1)
         found["kl_divergence"] = (clean.exp() * (clean - log_probs)).sum(-1)
         found["rank"] = 1 + (wide > own[..., None]).sum(-1).double()
+    if reads == "logits":
+        found["logits"] = logits
     return found
 
 

@@ -2,13 +2,15 @@
 
 A *reading* is a number for each token of the answer. Logits and log-probabilities are read always; a foil's
 logit where there is a foil; divergence and rank, which take the logits of the whole vocabulary, where they
-are asked for. A *metric* is made of readings, and joins those of several tokens to one number.
+are asked for; and those logits themselves, for metrics of one's own. A *metric* is made of readings, and
+joins those of several tokens to one number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ from .sites import check_names
 
 Readings = Mapping[str, Tensor]
 """By name, tensors [..., A] over the answer's tokens, in float64: log_probability, logit and, where they were
-asked for, foil_logit, kl_divergence, rank."""
+asked for, foil_logit, kl_divergence, rank; and logits [..., A, V], in float32 or better."""
+
+Reads = Literal["answer", "vocabulary", "logits"]
+"""What is read beside the answer's (and the foil's) logits: nothing, what takes the logits of all words, or
+all of those."""
 
 
 OWN = -1
@@ -70,9 +76,9 @@ def check_metrics(metrics: Sequence[str], foil: object) -> tuple[str, ...]:
     return metrics
 
 
-def take_vocabulary(metrics: Sequence[str]) -> bool:
-    """Whether one of them takes the logits of all words."""
-    return any(METRICS[metric].vocabulary for metric in metrics)
+def reads_of(metrics: Sequence[str]) -> Reads:
+    """What must be read for these."""
+    return "vocabulary" if any(METRICS[metric].vocabulary for metric in metrics) else "answer"
 
 
 def completed(answer: Tensor, logits: Tensor) -> Tensor:

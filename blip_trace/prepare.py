@@ -16,6 +16,7 @@ from .cache import Cache
 from .corruption import Corrupted, Corruption, Edit, Original, corrupt
 from .embedding import embed_patches, word_table
 from .inputs import Inputs
+from .metrics import Reads
 from .ops import OpSet
 from .program import PatchEmbedding, Program
 from .request import Grid
@@ -49,13 +50,23 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A question with cells that somebody chose: what the engine is given, which of its cells each of theirs
+    is, and what the result says of it."""
+
+    task: engine.Task
+    places: list[int]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Wanted:
-    """What is to be done with a question: cells, in which direction, whether to read what takes the whole
-    `vocabulary`, and whether the image stack is part of the trace and takes its `patches`."""
+    """What is to be done with a question: cells, in which direction, what to read, and whether the image
+    stack is part of the trace and takes its `patches`."""
 
     cells: tuple[Cell, ...]
     direction: str
-    vocabulary: bool
+    reads: Reads
     patches: bool
 
 
@@ -163,7 +174,7 @@ class Preparer:
             made.words,
             patches,
             asked.foil_ids,
-            wanted.vocabulary,
+            wanted.reads,
         )
         return task, made.note
 

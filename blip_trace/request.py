@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from .attribution import Method, check_method
-from .metrics import check_metrics, take_vocabulary
+from .metrics import Reads, check_metrics, reads_of
 from .sites import (
     DIRECTIONS,
     HEAD_KINDS,
@@ -83,9 +83,9 @@ class Request:
     _made: dict[tuple[tuple[str, Shape], ...], Grids] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def vocabulary(self) -> bool:
-        """Whether a metric takes the logits of all words."""
-        return take_vocabulary(self.metrics)
+    def reads(self) -> Reads:
+        """What the metrics take."""
+        return reads_of(self.metrics)
 
     def grids(self, shapes: Mapping[str, Shape]) -> Grids:
         """The maps of a question whose stacks have these shapes, by (stack, kind), made once for each shape.

@@ -310,3 +310,18 @@ class Restored:
         """As `TraceResult.by`."""
         cells, low, high = joined(self.measured, metric, token)
         return replace(self, scores=cells, low_scores=low, high_score=high, metric=metric, answer_token=token)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What `Tracer.logits` returns: float32 logits over the model's words at each token of the answer, which
+    says what stands before it.
+
+    cells [samples, cells, A, V], low [samples, A, V] of the corrupted runs, high [A, V] of the clean one.
+    """
+
+    cells: Tensor
+    low: Tensor
+    high: Tensor
+    answer_ids: tuple[int, ...]
+    settings: Mapping[str, Any]

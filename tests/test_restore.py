@@ -47,6 +47,41 @@ def test_any_cells_as_the_hooks_do_them(direction: str) -> None:
         assert ours.answer == truth.answer
 
 
+@pytest.mark.parametrize("memory", [None, 2**21])
+def test_logits_as_the_hooks_have_them(memory: int | None) -> None:
+    """Those of all words, of every run, and of passes that were split too."""
+    cells = some_cells(30)
+
+    def logits(backend: str, dtype: str = "float32") -> Any:
+        made = tracer(backend, dtype)
+        made = Tracer(made.model, made.processor, backend=backend, memory=memory)
+        noise = GaussianNoise(samples=3)
+        return made.logits(IMAGE, QUESTION, [*cells, cells[0]], "yellow", corruption=noise)
+
+    truth, same = logits("hooks", "float64"), logits("hooks")
+    assert truth.cells.shape == (3, 31, 1, tracer("hooks").model.config.text_config.vocab_size)
+    assert truth.cells.std((0, 1)).max() >= 0.1
+    for backend in ENGINES:
+        ours = logits(backend)
+        assert ours.answer_ids == truth.answer_ids
+        assert torch.equal(ours.cells[:, 0], ours.cells[:, -1])
+        for name in ("cells", "low", "high"):
+            found, own, exact = (getattr(each, name) for each in (ours, same, truth))
+            tolerance = max(TOLERANCE, 2 * (own - exact).abs().max())
+            assert (found - exact).abs().max() <= tolerance, name
+
+
+def test_logits_of_own_metrics() -> None:
+    """Made of them, the probability is that of `restore`, for an answer of several tokens too."""
+    given = dict(answer=ask("position").answer, corruption=GaussianNoise(samples=2))
+    found = tracer("native").logits(IMAGE, ask("position").text, some_cells(5), **given)
+    restored = tracer("native").restore(IMAGE, ask("position").text, some_cells(5), **given)
+    ids = torch.tensor(found.answer_ids)
+    for logits, expected in ((found.cells, restored.scores), (found.low, restored.low_scores)):
+        own = logits.log_softmax(-1).gather(-1, ids.expand(logits.shape[:-1])[..., None])
+        torch.testing.assert_close(own.sum((-1, -2)).exp(), expected)
+
+
 def test_a_grid_is_a_list_of_cells() -> None:
     noise = GaussianNoise(samples=2)
     layers_and_tokens = np.stack(np.meshgrid(range(4), range(7)), axis=-1).reshape(-1, 2)
