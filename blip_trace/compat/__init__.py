@@ -1,0 +1,4 @@
+"""Other tools' calls on this engine: a module for each tool, imported by whoever wants it, and nothing else.
+
+Only the modules named after a package (`pyvene`, `nnsight`, `transformer_lens`) need that package.
+"""
