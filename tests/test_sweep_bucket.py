@@ -291,6 +291,8 @@ def test_addresses(tmp_path: Path) -> None:
     assert "key:secret" in secret.address
     for place in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
         assert str(open_store(place)) == open_store(place).address == str(tmp_path)
+    with pytest.raises(ValueError, match=r"^the path 'r\\udcffn' is no UTF-8, as which Parquet files are"):
+        open_store("r\udcffn")
     with pytest.raises(
         ValueError, match=r"^odd://runs: neither pyarrow nor fsspec knows such storage; give a"
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -141,7 +142,7 @@ class Store(ABC):
 def open_store(place: str | Path) -> Store:
     """The files of the run in a folder, or in a bucket: s3://, gs://, abfs://, or whatever fsspec knows.
 
-    Raises ValueError for a kind of storage that nobody knows.
+    Raises ValueError for a kind of storage that nobody knows, and for a folder whose path is no UTF-8.
     """
     from .bucket import open_bucket
     from .disk import Disk
@@ -151,6 +152,10 @@ def open_store(place: str | Path) -> Store:
         if scheme.lower() != "file":
             return open_bucket(place)
         place = "/" + rest.lstrip("/")
+    try:
+        os.fspath(Path(place).absolute()).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the path {str(place)!r} is no UTF-8, as which Parquet files are opened") from None
     return Disk(Path(place))
 
 
