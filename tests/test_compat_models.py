@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
+import runpy
 import weakref
 from copy import deepcopy
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
@@ -40,6 +43,14 @@ def test_tracers_keep_no_model_alive(tiny_folder: Path) -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_the_worked_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """A foreign loop gets the same numbers from the engine as from hooks, on a map that is not flat."""
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plug_in.py"), run_name="__main__")
+    low, high, difference = (float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", capsys.readouterr().out)[:3])
+    assert high - low > 0.5
+    assert difference <= 1e-5
 
 
 def test_what_is_said() -> None:
