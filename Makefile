@@ -25,12 +25,13 @@ native := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 help:
 	@echo 'make demo | test | test-faults | lint | bench | bench-quick | clean    [PYTHON=python3] [VENV=.venv]'
 
-$(stamps)/env: requirements.txt
+$(stamps)/env: requirements.txt requirements-tools.txt
 	@mkdir -p $(@D)
 ifeq ($(given),)
 	test -x $(PY) || { "$(PYTHON)" -m venv "$(VENV)" && touch "$(VENV)/made-by-make"; }
 	$(PY) -m pip install --quiet "$$(grep '^torch==' requirements.txt)"
 	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet --no-deps -r requirements-tools.txt
 endif
 	@touch $@
 

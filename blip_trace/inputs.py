@@ -165,10 +165,11 @@ class Inputs:
         return MATCH[ids[0]] if self._task == "match" else self.text(ids)
 
     def labels(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """A label for each token."""
+        """A label for each token, its number where the tokenizer has no word for it."""
         if self._processor is None:
             return tuple(str(i) for i in ids)
-        return tuple(self._processor.tokenizer.convert_ids_to_tokens(list(ids)))
+        words = self._processor.tokenizer.convert_ids_to_tokens(list(ids))
+        return tuple(str(i) if word is None else word for i, word in zip(ids, words, strict=True))
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text."""

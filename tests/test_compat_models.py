@@ -29,6 +29,7 @@ def test_a_tracer_is_made_once_for_the_weights_it_read(tiny_folder: Path) -> Non
     with_words = tracer_of(model, processor)
     assert with_words.processor is processor
     assert tracer_of(model, processor) is with_words
+    assert tracer_of(model) is second
     model.text_encoder.encoder.layer[0].attention.self.query = torch.nn.Linear(32, 32)
     assert tracer_of(model, processor) is not with_words
 

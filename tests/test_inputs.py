@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import BlipForQuestionAnswering, BlipModel
+from transformers import BlipForQuestionAnswering, BlipModel, BlipProcessor
 
 from blip_trace import BackendUnavailableError, GaussianNoise, Tracer
 
@@ -163,6 +163,14 @@ def test_without_a_processor(tiny_tracer: Tracer, picture: PIL.Image.Image, pixe
     result = bare.trace(pixels, ids, 11, NOISE)
     assert result.tokens("text_encoder") == ("2", "6", "7", "3")
     assert result.answer == "11"
+
+
+def test_a_token_without_a_word(tiny_folder: Path, picture: PIL.Image.Image) -> None:
+    """A model may have more words than its tokenizer: such an answer is told by its number."""
+    wide = tiny_config(vocab_size=20)
+    processor = BlipProcessor.from_pretrained(tiny_folder, backend="pil")
+    traced = Tracer(BlipForQuestionAnswering(wide), processor).trace(picture, QUESTION, 17, NOISE)
+    assert traced.answer == "17"
 
 
 def test_bad_tracers(tiny_tracer: Tracer, tiny_folder: Path) -> None:

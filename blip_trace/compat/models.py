@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..sites import Cell, Site
 from ..tracer import Tracer
+
+NOWHERE = Cell.of([Site("text_encoder", 0, "hidden", 0)])
+"""A pass has at least one cell: this one stands in where only the clean or the corrupted run is wanted."""
 
 
 class UnsupportedError(NotImplementedError):
@@ -19,22 +23,26 @@ class UnsupportedError(NotImplementedError):
 class _Kept:
     """A model's tracer, kept by the model itself, with which it goes; copies of the model begin without."""
 
-    state: object = None
-    tracer: Tracer | None = None
+    def __init__(self) -> None:
+        self.weights: object = None
+        self.tracers: dict[int, Tracer] = {}
+        """By processor, which a tracer keeps alive: its id stays its own."""
 
     def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
         return _Kept, ()
 
 
 def tracer_of(model: Any, processor: Any = None) -> Tracer:
-    """The tracer of a Hugging Face BLIP, made when it is first asked for, and again when weights were changed
-    or exchanged since then, or another processor is given. The model is put into evaluation mode.
+    """The tracer of a Hugging Face BLIP and a processor, made when it is first asked for, and again when
+    weights were changed or exchanged since then. The model is put into evaluation mode.
 
     Raises as `Tracer` does.
     """
     kept: _Kept = model.__dict__.setdefault("_blip_trace", _Kept())
     weights = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
-    state = (weights, None if processor is None else id(processor))
-    if kept.tracer is None or kept.state != state:
-        kept.tracer, kept.state = Tracer(model, processor), state
-    return kept.tracer
+    if kept.weights != weights:
+        kept.weights = weights
+        kept.tracers.clear()
+    if id(processor) not in kept.tracers:
+        kept.tracers[id(processor)] = Tracer(model, processor)
+    return kept.tracers[id(processor)]
