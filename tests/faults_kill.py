@@ -1,7 +1,7 @@
 """Long trials of sweeps in real processes that are killed: `pytest tests/faults_kill.py`.
 
 They take some minutes, so that plain `pytest` does not collect them; their quick forms are in
-test_sweep_faults.py. Random times come from a seed that is printed.
+test_sweep_stops.py and test_sweep_processes.py. Random times come from a seed that is printed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from sweep_helpers import (
     rows_of,
     wait_until,
 )
+from sweep_watch import kept
 
 from blip_trace.sweep.driver import sweep
 from blip_trace.sweep.planning import Order
@@ -128,10 +129,6 @@ def without_orphans(pids: Sequence[int]) -> None:
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30)
 
 
-def kept(before: dict[str, tuple[int, str]], folder: Path) -> bool:
-    return before.items() <= files_of(folder).items()
-
-
 def finished(given: Order, folder: Path, oracle: Path, before: dict[str, tuple[int, str]]) -> None:
     """Gone on with, a run is the oracle, and what was committed before is what it was."""
     _, done = again(folder, given, threads=1)
@@ -206,7 +203,7 @@ from pathlib import Path
 
 at, once, driver = {at}, Path({once!r}), {driver!r}
 if "spawn_main" in " ".join(sys.orig_argv):
-    from blip_trace.sweep import store
+    from blip_trace.sweep import disk
     moments = -1
 
     def moment():
@@ -229,7 +226,7 @@ if "spawn_main" in " ".join(sys.orig_argv):
     def opened(path, mode="r", **options):
         return around(open)(path, mode, **options) if mode == "wb" else open(path, mode, **options)
 
-    store.open = opened
+    disk.open = opened
     os.fsync, os.replace = around(os.fsync), around(os.replace)
 """
 """Kills a worker, and its driver, at one of the steps by which it commits shards."""
@@ -240,7 +237,7 @@ def test_workers_killed_at_every_step(
     with_driver: bool, driver: Path, tiny_folder: Path, given: Order, oracle: Path, tmp_path: Path
 ) -> None:
     """Fault 1 and 2: a worker is killed before each step of a commit, or behind it with its driver. The local
-    executor's steps, and the driver's own, are in test_sweep_faults.py."""
+    executor's steps, and the driver's own, are in test_sweep_stops.py."""
     for at in range(with_driver, 16, 2):
         folder, once = tmp_path / f"run-{at}", tmp_path / f"once-{at}"
         patch = STEPS.format(at=at, once=str(once), driver=with_driver)

@@ -13,25 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from sweep_runs import HEADS, LAYERS, LAYOUT, Row, make_rows, write_run
+from sweep_runs import HEADS, LAYERS, LAYOUT, Row, write_run
 
 from blip_trace.sweep.results import Run, load_run
 from blip_trace.sweep.results.aggregate import Average, poisson_weights, unit_keys
 from blip_trace.sweep.schema import StackLayout
 
+pytest_plugins = ("sweep_run_fixtures",)
+
 TEXT = "text_encoder"
 COLUMN = "text_encoder_hidden_probability"
 Floats = npt.NDArray[np.float64]
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    return make_rows(240)
-
-
-@pytest.fixture(scope="module")
-def run(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return load_run(write_run(tmp_path_factory.mktemp("run") / "run", rows, (70, 71, 150)))
 
 
 def by_hand(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def in_s3(s3: str, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _settled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(bucket, "SETTLE_SECONDS", 0.2)
 
 
 def assert_same_files(place: str, oracle: Path) -> None:
@@ -204,6 +205,29 @@ def test_at_the_same_time(place: str) -> None:
         thread.join()
     assert most == [1]
     assert len(refused) == 3
+
+
+def test_somebody_slow(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes too long between looking and writing does not get in beside another, who keeps the run."""
+    monkeypatch.setattr(bucket, "RENEW_SECONDS", 0.05)
+    renew, fast = bucket.Bucket._renew, open_store(place)
+
+    def late(own: bucket.Bucket) -> None:
+        if own is not fast:
+            monkeypatch.setattr(bucket.Bucket, "_renew", renew)
+            started.enter_context(fast.lock())
+        renew(own)
+
+    with ExitStack() as started:
+        monkeypatch.setattr(bucket.Bucket, "_renew", late)
+        with (
+            pytest.raises(Busy, match="answers too slowly to be locked: try again$"),
+            open_store(place).lock(),
+        ):
+            pass
+        time.sleep(0.2)
+        fast.write("plan.json", b"still mine")
+        assert fast.owner() is not None
 
 
 def test_taken_over(place: str, cheap: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:

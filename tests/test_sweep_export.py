@@ -23,23 +23,10 @@ from blip_trace import cli_results
 from blip_trace.sweep.results import Run, labelled, load_run
 from blip_trace.sweep.results.export import FORMATS, LONG, export
 
+pytest_plugins = ("sweep_run_fixtures",)
+
 TEXT = "text_encoder"
 COLUMN = "text_encoder_hidden_probability"
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    return make_rows(240)
-
-
-@pytest.fixture(scope="module")
-def folder(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", rows, (70, 71, 150))
-
-
-@pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
-    return load_run(folder)
 
 
 def long_by_hand(rows: list[Row]) -> dict[tuple[Any, ...], tuple[str, str, float, float]]:

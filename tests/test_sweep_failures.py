@@ -1,7 +1,7 @@
 """Sweeps over what is broken: pictures, rows, models, numbers that are none, too little memory.
 
 One bad sample is a row with a reason; its neighbours have, to the bit, the numbers that they have without it.
-The numbers are those of the table of faults, as in test_sweep_faults.py.
+The numbers are those of the table of faults, as in test_sweep_stops.py.
 """
 
 from __future__ import annotations

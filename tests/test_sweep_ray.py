@@ -1,167 +1,69 @@
-"""The executor on a Ray cluster of two processors: what it writes, and what becomes of it when things die."""
+"""What only the Ray executor has: a cluster, what its actors leave for each other, and actors that die."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import secrets
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sweep_helpers import Doing, Listener, assert_whole, committed, files_of, order
+from sweep_helpers import Doing, committed, files_of, order, rows_of
+from sweep_trouble import Trouble
+from sweep_watch import running
 
 from blip_trace.sweep import ray_driver
 from blip_trace.sweep.desk import Desk
 from blip_trace.sweep.driver import sweep
 from blip_trace.sweep.executors import Events, make_executor
 from blip_trace.sweep.processes import DEATHS, EARLY_DEATHS
-from blip_trace.sweep.receipts import Receipt
 from blip_trace.sweep.shard import Stopped
 from blip_trace.sweep.store import open_store
 from blip_trace.sweep.worker import Job
 
-HANGS_AFTER = 150
-CLUSTER = """
-import logging, sys, ray
-quiet = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-ray.init("local", num_cpus=2, object_store_memory=100 * 2**20, **quiet)
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
+pytest_plugins = ("sweep_fixtures", "sweep_cluster")
+pytestmark = pytest.mark.usefixtures("long_hang_guard")
 
 
-@pytest.fixture(autouse=True)
-def _hang_guard() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise TimeoutError(f"the test has taken {HANGS_AFTER} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(HANGS_AFTER)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a Ray of our own, which is gone afterwards."""
-    given = pytest.MonkeyPatch()
-    given.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    given.setenv("RAY_AUTH_MODE", "token")  # others on this machine must not join, our drivers must
-    given.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    given.setenv("OMP_NUM_THREADS", "1")
-    given.delenv("RAY_ADDRESS", raising=False)
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.close()
-        try:
-            process.wait(20)
-        finally:
-            if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.stdout.close()
-            given.undo()
-    assert not _of_session(process.pid)
-
-
-def _of_session(session: int) -> list[str]:
-    """Commands of all processes of a session that are alive."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, *_, own = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            command = (folder / "cmdline").read_bytes().decode().split("\0")[0]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z" and int(own) == session:
-            found.append(command)
-    return found
-
-
-def _rays() -> set[int]:
-    """Processes of any Ray on this machine that could start others."""
-    commands = {int(path.parent.name): path for path in Path("/proc").glob("[0-9]*/cmdline")}
-    found = set()
-    for pid, path in commands.items():
-        try:
-            if b"/raylet/raylet" in path.read_bytes().split(b"\0")[0]:
-                found.add(pid)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-class Killer(Listener):
-    """Kills whoever commits the first shard."""
-
-    def finished(self, receipt: Receipt) -> None:
-        super().finished(receipt)
-        if len(self.receipts) == 1:
-            os.kill(receipt.made["process"], signal.SIGKILL)
-
-
-def test_a_killed_actor_is_replaced(cluster: str, tmp_path: Path, tiny_folder: Path) -> None:
-    """The run is complete, and to the byte what the local executor writes."""
+def test_a_ray_of_its_own(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no cluster is named a Ray is started for the command, and is gone when that is stopped."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    folder, before = tmp_path / "run", rays()
     given = order(tiny_folder, shard_size=1)
-    sweep(given, tmp_path / "local", threads=1)
-    killer = Killer()
-    outcome = sweep(given, tmp_path / "run", make_executor("ray", 1, cluster), threads=1, reporter=killer)
-    assert outcome.complete
-    assert_whole(tmp_path / "run", tmp_path / "local")
-    assert killer.samples == outcome.plan.samples
-    first, *_, last = (receipt.made["process"] for receipt in killer.receipts)
-    assert os.getpid() != first != last != os.getpid()
-    assert sorted(receipt.number for receipt in killer.receipts) == list(range(len(outcome.plan.shards)))
-
-
-def test_a_stopped_run_goes_on(cluster: str, tmp_path: Path, tiny_folder: Path) -> None:
-    """Stopped on a Ray that was started for it, and is gone then; done on a cluster by two actors."""
-    given = order(tiny_folder, shard_size=1)
-    sweep(given, tmp_path / "local", threads=1)
-    folder, before = tmp_path / "run", _rays()
     outcome = sweep(given, folder, Doing(make_executor("ray", 1), stop_after=1), threads=1)
     assert outcome.stopped
-    assert _rays() == before
+    assert rays() == before
     assert not (folder / ".computing").exists()
-    done = committed(folder)
-    assert 0 < len(done) < len(outcome.plan.shards)
-    doing = Doing(make_executor("ray", 2, cluster))
-    assert sweep(None, folder, doing, threads=1).complete
-    left = [shard.number for shard in outcome.plan.shards if f"{shard.number:06d}.parquet" not in done]
-    assert sorted(doing.done) == left
-    assert done.items() <= files_of(folder).items()
-    assert_whole(folder, tmp_path / "local")
+    assert 0 < len(committed(folder)) < len(outcome.plan.shards)
 
 
-def test_what_a_worker_cannot_do(cluster: str, tmp_path: Path, tiny_folder: Path) -> None:
-    """It comes out as one sentence."""
-    folder = tmp_path / "run"
-    sweep(order(tiny_folder), folder, threads=1)
-    job = Job(str(folder), str(tiny_folder), None, threads=1)
-    events = Events(lambda _: None, lambda _: None, lambda _: None, lambda: False)
-    shutil.rmtree(folder / "shards")
-    with pytest.raises(OSError, match=r"^\[Errno 2\] No such file or directory: '.*part'$"):
-        make_executor("ray", 1, cluster).run(job, [0], events, None)
-    assert not (folder / ".computing").exists()
+def rays() -> set[int]:
+    """Processes of any Ray on this machine that could start others."""
+    return {pid for pid, command in running().items() if "/raylet/raylet" in command}
+
+
+def test_sample_that_kills(cluster: str, trouble: Trouble, tiny_folder: Path, tmp_path: Path) -> None:
+    """Fault 2: a sample whose computation ends every actor that tries it is found, and given up; the others
+    have their numbers, those of the other shard to the bit."""
+    given = order(tiny_folder, "scenes:2")
+    sweep(given, tmp_path / "local", threads=1)
+    asked = Counter(sample.question for sample in given.data.samples())
+    killer = next(sample for sample in given.data.samples() if asked[sample.question] == 1)
+    trouble.kill_at(killer.question)
+    outcome = sweep(given, tmp_path / "run", make_executor("ray", 2, cluster), threads=1)
+    assert outcome.complete
+    assert outcome.statuses == {"ok": 9, "error": 1}
+    rows, truth = rows_of(tmp_path / "run"), rows_of(tmp_path / "local")
+    assert rows.pop(killer.id)["reason"] == "the process ended while this sample was computed"
+    for id, row in rows.items():
+        assert row["probability_high"] == pytest.approx(truth[id]["probability_high"], abs=1e-5)
+    ours, theirs = files_of(tmp_path / "run"), files_of(tmp_path / "local")
+    assert sum(ours[name][1] == theirs[name][1] for name in theirs) == 1
 
 
 def test_no_cluster(tmp_path: Path) -> None:

@@ -17,23 +17,10 @@ from sweep_runs import HEADS, LAYERS, LAYOUT, Row, make_rows, write_run
 from blip_trace.sweep.results import Run, load_run
 from blip_trace.sweep.results.export import export
 
+pytest_plugins = ("sweep_run_fixtures",)
+
 TEXT = "text_encoder"
 COLUMN = "text_encoder_hidden_probability"
-
-
-@pytest.fixture(scope="module")
-def rows() -> list[Row]:
-    return make_rows(240)
-
-
-@pytest.fixture(scope="module")
-def folder(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("run") / "run", rows, (70, 71, 150))
-
-
-@pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
-    return load_run(folder)
 
 
 def test_metadata_is_read_without_torch_and_pandas(folder: Path) -> None:

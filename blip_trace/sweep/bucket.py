@@ -29,7 +29,7 @@ from .store import LOCK, Busy, Store, Stored
 LEASE_SECONDS = 60.0
 """So long after somebody last said to be there, others take over. Clocks may differ by less than that."""
 RENEW_SECONDS = 15.0
-SETTLE_SECONDS = 1.0
+SETTLE_SECONDS = 2.0
 """So long it is waited before looking who of several that came at the same time was the last."""
 CHUNK_BYTES = 8 * 2**20
 
@@ -125,14 +125,11 @@ class Bucket(Store):
         A process that is killed keeps its lease until that ends, or until another one on the same machine
         sees that it is gone.
         """
-        owner = self.owner()
-        if owner is not None:
-            raise Busy(f"{self} is being written by {owner}: wait for it, or stop it")
-        self._renew()
+        self._claim()
         time.sleep(SETTLE_SECONDS)
-        self._check_lease()
-        if self._taken_by is not None:
-            raise Busy(f"{self} is being written by {self._taken_by}: wait for it, or stop it")
+        lease = self._lease()
+        if lease is None or lease["token"] != self._token:
+            raise Busy(self._said_of(lease))
         done = threading.Event()
         renewing = threading.Thread(target=self._keep_lease, args=(done,), daemon=True)
         renewing.start()
@@ -151,7 +148,24 @@ class Bucket(Store):
             return None
         if lease["host"] == socket.gethostname() and not os.path.exists(f"/proc/{lease['process']}"):
             return None
-        return f"process {lease['process']} on {lease['host']}"
+        return _holder(lease)
+
+    def _claim(self) -> None:
+        """Write a lease where nobody has one.
+
+        Of all who come at the same time the last to write has it. So that none writes after another has
+        looked, it must be written soon after it was seen that there was none.
+        """
+        begun = time.monotonic()
+        if self.owner() is not None:
+            raise Busy(self._said_of(self._lease()))
+        self._renew()
+        if time.monotonic() - begun > SETTLE_SECONDS:
+            self.remove(LOCK)  # whoever it was taken from writes it again
+            raise Busy(f"{self} answers too slowly to be locked: try again")
+
+    def _said_of(self, lease: Any) -> str:
+        return f"{self} is being written by {_holder(lease)}: wait for it, or stop it"
 
     def _lease(self) -> Any:
         """The lease that is there, or None."""
@@ -176,7 +190,7 @@ class Bucket(Store):
     def _check_lease(self) -> None:
         lease = self._lease()
         if lease is not None and lease["token"] != self._token:
-            self._taken_by = f"process {lease['process']} on {lease['host']}"
+            self._taken_by = _holder(lease)
 
     def _keep_lease(self, done: threading.Event) -> None:
         """Renew it until `done`, or until somebody else has it."""
@@ -189,6 +203,11 @@ class Bucket(Store):
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+def _holder(lease: Any) -> str:
+    """Whose lease that is."""
+    return "another process" if lease is None else f"process {lease['process']} on {lease['host']}"
 
 
 def open_bucket(address: str) -> Bucket:
