@@ -50,8 +50,9 @@ lint: env
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# Files side by side, for most of the time one waits for another process or for a clock.
 test: build lint
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # Minutes of it: processes killed at random and at every write.
 test-faults: build
