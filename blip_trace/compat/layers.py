@@ -1,4 +1,4 @@
-"""How ROME, and NOTICE after it, name the states that they patch, and the sites that these are.
+"""How tools that know a model by its modules name the states that they patch, and the sites that these are.
 
 A name is that of a module of the Hugging Face model (`named_modules`), whose output is the state.
 """
