@@ -30,8 +30,8 @@ class Original:
     standard deviation is `words_std()`; labels [T]. `enter(pixels [S, 3, H, W], edit)` gives what stands for
     these images in the model, with `edit` applied to the embedded patches [S, N, D] first: image embeddings
     [S, N, D] or, where the image encoder itself is traced, those patches; `states` raises ValueError then.
-    `image` and `question` turn what a user hands in into pixels and ids, `embed` ids into words, `find` a
-    phrase into its tokens.
+    `image` makes the same of an image as a user hands it in, [1, N, D], once for each. `question` turns what
+    a user hands in into ids, `embed` ids into words, `find` a phrase into its tokens.
     """
 
     pixels: Tensor
@@ -202,9 +202,12 @@ class ImageSwap:
 
     image: Any
 
+    def __repr__(self) -> str:
+        return f"ImageSwap(image={_shown(self.image)})"
+
     def corrupt(self, original: Original) -> Corrupted:
         """Takes whatever `Tracer.trace` takes for an image."""
-        return Corrupted(images=original.enter(original.image(self.image), None))
+        return Corrupted(images=original.image(self.image))
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,9 @@ class TokenSwap:
     one sample. The note of the result's settings names the tokens that differ."""
 
     question: str | Tensor
+
+    def __repr__(self) -> str:
+        return f"TokenSwap(question={_shown(self.question)})"
 
     def corrupt(self, original: Original) -> Corrupted:
         """Raises ValueError where the questions differ in length, or not at all."""
@@ -247,11 +253,10 @@ class ImageAblation:
         """References are whatever `Tracer.trace` takes for an image."""
         if self.mode == "zero":
             return Corrupted(images=torch.zeros_like(original.states())[None])
-        pixels = torch.cat([original.image(image) for image in self.references])
-        if self.mode == "resample":
-            return Corrupted(images=original.enter(pixels, None))
-        original.states()  # a mean over patches is not this ablation
-        return Corrupted(images=original.enter(pixels, None).mean(0, keepdim=True))
+        if self.mode == "mean":
+            original.states()  # a mean over patches is not this ablation
+        entered = torch.cat([original.image(image) for image in self.references])
+        return Corrupted(images=entered if self.mode == "resample" else entered.mean(0, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -324,6 +329,11 @@ class Together:
             raise ValueError("two corruptions of the same input cannot be put together")
         note = "; ".join(made.note for made in all_made if made.note)
         return Corrupted(images[0] if images else None, words[0] if words else None, note)
+
+
+def _shown(given: Any) -> str:
+    """What somebody handed in; of a tensor its shape, for printing its numbers takes longer than a pass."""
+    return f"<tensor {list(given.shape)}>" if isinstance(given, Tensor) else repr(given)
 
 
 def _blurred(pixels: Tensor, std: float) -> Tensor:

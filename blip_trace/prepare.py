@@ -224,6 +224,10 @@ class Preparer:
                 made.append(embedded if patches else vision.encode(embedded))
             return torch.cat(made)
 
+        def image(given: Any) -> Tensor:
+            pixels = self._inputs.pixels(given)
+            return vision.embed(pixels) if patches else self._image_states(vision, pixels)[None]
+
         def states() -> Tensor:
             if patches:
                 raise ValueError(
@@ -241,7 +245,7 @@ class Preparer:
             words_std=lambda: self._words_std,
             labels=self._inputs.labels(ids.tolist()),
             enter=enter,
-            image=self._inputs.pixels,
+            image=image,
             question=self._inputs.question_ids,
             embed=lambda other: table[other],
             find=lambda phrase: self._inputs.find(phrase, ids),

@@ -143,7 +143,7 @@ def _original(tracer: Tracer, pixels: Tensor, ids: Tensor, states: Tensor) -> Or
         words_std=lambda: float(table.float().std()),
         labels=inputs.labels(ids.tolist()),
         enter=lambda given, edit: encode(tracer, given, edit),
-        image=inputs.pixels,
+        image=lambda given: encode(tracer, inputs.pixels(given), None),
         question=inputs.question_ids,
         embed=lambda other: table[other],
         find=lambda phrase: inputs.find(phrase, ids),
