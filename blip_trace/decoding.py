@@ -12,8 +12,8 @@ from .inputs import Inputs
 from .metrics import OWN
 from .prepare import Asked
 
-Score = Callable[[Sequence[Asked], bool], list[Scores]]
-"""Reads the clean runs of questions, ranks too if that is asked for."""
+Score = Callable[[Sequence[Asked]], list[Scores]]
+"""Reads the clean runs of questions, with all their logits."""
 
 
 def decode(
@@ -28,8 +28,8 @@ def decode(
         for own, known in zip(asked, said, strict=True):
             begun = known[: inputs.answer_room(own.text_ids) - 1]
             questions.append(replace(own, answer_ids=torch.tensor([*begun, OWN]), foil_ids=None))
-        for known, scores in zip(said, score(questions, False), strict=True):
-            known.append(int(scores.answer_ids[-1]))
+        for known, scores in zip(said, score(questions), strict=True):
+            known.append(int(scores.clean["logits"][-1].argmax()))
     ends = [own.index(inputs.end) if inputs.end in own else len(own) for own in said]
     return [
         inputs.answer_text(own[: min(end, most)]) for own, end, most in zip(said, ends, room, strict=True)
@@ -48,7 +48,8 @@ def _confirmed(
         if ids and len(ids) < inputs.answer_room(own.text_ids):
             questions.append(replace(own, answer_ids=torch.tensor([*ids, inputs.end]), foil_ids=None))
             places.append(place)
-    for place, scores in zip(places, score(questions, True), strict=True):
-        right = int((scores.clean["rank"] == 1).long().cumprod(0).sum())
+    for place, scores in zip(places, score(questions), strict=True):
+        own = scores.clean["logits"].argmax(-1)
+        right = int(torch.eq(own, scores.answer_ids).long().cumprod(0).sum())
         said[place] = scores.answer_ids[:right].tolist()
     return said

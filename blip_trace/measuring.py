@@ -90,10 +90,14 @@ class Measurer:
     def forecast(self, tasks: Sequence[Task]) -> Forecast:
         """What doing all cells exactly will take; measures the machine for a moment."""
         cells = sum(task.samples * len(task.cells) for task in tasks)
-        if self.ops is None:
+        operations = self.operations(tasks)
+        if self.ops is None or operations is None:
             return Forecast(cells, None, self._seconds_of_hooks(tasks))
-        operations = engine.count_operations(self.program, tasks, self.memory)
         return Forecast(cells, operations, operations / (USUAL_SHARE * self._rate(self.ops)))
+
+    def operations(self, tasks: Sequence[Task]) -> int | None:
+        """Operations of their matrix products, done exactly; None by hooks, where they are not counted."""
+        return None if self.ops is None else engine.count_operations(self.program, tasks, self.memory)
 
     def _seconds_of_hooks(self, tasks: Sequence[Task]) -> float:
         seconds = 0.0

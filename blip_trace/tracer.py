@@ -36,7 +36,7 @@ Backend = Literal["auto", "native", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
 BACKENDS = ("auto", "native", "reference", "hooks")
 UNCORRUPTED: Literal["none"] = "none"
-UNCHANGED = Wanted(cells=(), direction="denoise", reads="answer", patches=False)
+ASKED = Wanted(cells=(), direction="denoise", reads="logits", patches=False)
 
 
 class Tracer:
@@ -261,6 +261,11 @@ class Tracer:
         """How many cells these are and about how long they take, done exactly."""
         return self._measurer.forecast([own.task for own in prepared])
 
+    def operations(self, prepared: Sequence[Prepared]) -> int | None:
+        """How many operations the matrix products of these take, done exactly; None where that is not known
+        (by hooks)."""
+        return self._measurer.operations([own.task for own in prepared])
+
     def forget_images(self) -> None:
         """Drop the encodings of images that were seen before."""
         self._preparer.forget_images()
@@ -276,9 +281,8 @@ class Tracer:
         guesses: what it may say; a right guess saves time and changes nothing.
         """
 
-        def score(questions: Sequence[Asked], ranks: bool) -> list[Scores]:
-            wanted = replace(UNCHANGED, reads="vocabulary" if ranks else "answer")
-            tasks = [self._preparer.task(self._vision, own, None, wanted)[0] for own in questions]
+        def score(questions: Sequence[Asked]) -> list[Scores]:
+            tasks = [self._preparer.task(self._vision, own, None, ASKED)[0] for own in questions]
             return self._measurer.score(tasks, None)
 
         return decode(self.inputs, score, asked, guesses or [None] * len(asked), max_tokens)

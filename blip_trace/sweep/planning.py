@@ -199,7 +199,7 @@ def choose_shard_size(tracer: Tracer, settings: Settings, samples: Iterator[Samp
     """Samples of a shard: as many as make about a minute of work, and few enough that several processes have
     something to do."""
     prepared = _probe(tracer, settings, samples, 1)
-    operations = tracer.forecast(prepared).operations if prepared else None
+    operations = tracer.operations(prepared) if prepared else None
     minute = int(SHARD_OPERATIONS / operations) if operations else UNKNOWN_SHARD
     return max(LEAST_SHARD, min(LARGEST_SHARD, minute, max(UNKNOWN_SHARD, count // FEWEST_SHARDS)))
 
