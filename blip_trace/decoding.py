@@ -49,7 +49,7 @@ def _confirmed(
             questions.append(replace(own, answer_ids=torch.tensor([*ids, inputs.end]), foil_ids=None))
             places.append(place)
     for place, scores in zip(places, score(questions), strict=True):
-        own = scores.clean["logits"].argmax(-1)
-        right = int(torch.eq(own, scores.answer_ids).long().cumprod(0).sum())
+        best = scores.clean["logits"].argmax(-1)
+        right = int((best == scores.answer_ids).long().cumprod(0).sum())
         said[place] = scores.answer_ids[:right].tolist()
     return said
