@@ -178,6 +178,19 @@ class Preparer:
         )
         return task, made.note
 
+    def outline(self, asked: Asked, samples: int, wanted: Wanted) -> engine.Task:
+        """A task of the same shape as that of a question whose image is corrupted, without its numbers."""
+        states = torch.empty(()).expand(samples, *self._image_shape)
+        return engine.Task(
+            asked.text_ids,
+            asked.answer_ids,
+            states[0],
+            states,
+            wanted.cells,
+            wanted.direction,
+            patches=wanted.patches,
+        )
+
     def forget_images(self) -> None:
         """Drop all encoded images."""
         self._states.clear()

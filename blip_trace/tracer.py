@@ -28,7 +28,7 @@ from .metrics import OWN, Reads, check_foil, check_metrics, reads_of
 from .ops import OpSet, get_ops, native_unavailable_reason
 from .prepare import Asked, Changed, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
 from .program import Program
-from .request import Options, Request, check_request
+from .request import Grids, Options, Request, check_request
 from .result import Logits, Restored, TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
 
@@ -240,10 +240,12 @@ class Tracer:
         """Encode a question's image and corrupt it. Raises ValueError or TypeError, in one sentence, where
         that cannot be done."""
         grids = request.grids(self._preparer.shapes(asked))
-        cells = tuple(cell for grid in grids.values() for cell in grid.cells)
-        wanted = Wanted(cells, request.direction, request.reads, "vision" in request.stacks)
-        task, note = self._preparer.task(self._vision, asked, corruption, wanted)
+        task, note = self._preparer.task(self._vision, asked, corruption, self._wanted(request, grids))
         return Prepared(asked, grids, task, {"corruption": repr(corruption), "corrupted": note})
+
+    def _wanted(self, request: Request, grids: Grids) -> Wanted:
+        cells = tuple(cell for grid in grids.values() for cell in grid.cells)
+        return Wanted(cells, request.direction, request.reads, "vision" in request.stacks)
 
     def measure(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None = None
@@ -261,10 +263,11 @@ class Tracer:
         """How many cells these are and about how long they take, done exactly."""
         return self._measurer.forecast([own.task for own in prepared])
 
-    def operations(self, prepared: Sequence[Prepared]) -> int | None:
-        """How many operations the matrix products of these take, done exactly; None where that is not known
-        (by hooks)."""
-        return self._measurer.operations([own.task for own in prepared])
+    def operations(self, request: Request, asked: Asked, samples: int) -> int | None:
+        """How many operations the matrix products of a question take, with its image corrupted in so many
+        samples, known before anything is computed; None where they are not counted (by hooks)."""
+        wanted = self._wanted(request, request.grids(self._preparer.shapes(asked)))
+        return self._measurer.operations([self._preparer.outline(asked, samples, wanted)])
 
     def forget_images(self) -> None:
         """Drop the encodings of images that were seen before."""

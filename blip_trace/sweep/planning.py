@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import PIL.Image
 import torch
 
 from ..lowering.load import SHIPPED
-from ..prepare import Prepared
+from ..prepare import Asked, Prepared
 from ..sites import check_count, check_names
 from ..tracer import Tracer
 from .identity import differences, model_folder, model_identity, run_id
@@ -161,7 +162,7 @@ def estimate(order: Order, tracer: Tracer) -> Estimate:
             tracer, order.settings, staged.ordered(), selected.samples
         )
         begun = time.perf_counter()
-        probed = _probe(tracer, order.settings, staged.ordered(), PROBED)
+        probed = _probe(tracer, order.settings, staged.ordered())
         seconds = time.perf_counter() - begun
         images, problems = staged.counts()
         share = (selected.samples - problems) / max(1, len(probed))  # of all samples to those probed
@@ -198,26 +199,36 @@ def layout_of(tracer: Tracer, settings: Settings, identity: Mapping[str, Any]) -
 def choose_shard_size(tracer: Tracer, settings: Settings, samples: Iterator[Sample], count: int) -> int:
     """Samples of a shard: as many as make about a minute of work, and few enough that several processes have
     something to do."""
-    prepared = _probe(tracer, settings, samples, 1)
-    operations = tracer.operations(prepared) if prepared else None
+    request = request_of(tracer, settings)
+    known = (
+        tracer.operations(request, own, settings.noise_samples)
+        for _, own in _asked(tracer, settings, samples)
+    )
+    operations = next(known, None)
     minute = int(SHARD_OPERATIONS / operations) if operations else UNKNOWN_SHARD
     return max(LEAST_SHARD, min(LARGEST_SHARD, minute, max(UNKNOWN_SHARD, count // FEWEST_SHARDS)))
 
 
-def _probe(tracer: Tracer, settings: Settings, samples: Iterator[Sample], count: int) -> list[Prepared]:
-    """The first few samples that can be prepared, with blank pictures in the place of theirs."""
-    request = request_of(tracer, settings)
+def _asked(tracer: Tracer, settings: Settings, samples: Iterator[Sample]) -> Iterator[tuple[Sample, Asked]]:
+    """Those that can be asked of the first few, with a blank picture in the place of theirs: the others will
+    be failed rows, and are no measure."""
     side = tracer.model.config.vision_config.image_size
     blank = PIL.Image.new("RGB", (side, side))
+    for sample in islice(samples, 16 * PROBED):
+        with suppress(ValueError, TypeError):
+            yield sample, ask_sample(tracer, settings, sample, blank)
+
+
+def _probe(tracer: Tracer, settings: Settings, samples: Iterator[Sample]) -> list[Prepared]:
+    """The first few samples, prepared but for their pictures."""
+    request = request_of(tracer, settings)
     prepared: list[Prepared] = []
-    for sample in islice(samples, 16 * count):
-        if len(prepared) == count:
+    for sample, asked in _asked(tracer, settings, samples):
+        with suppress(ValueError, TypeError):
+            corruption = settings.corruption_of(sample, lambda _: PIL.Image.new("RGB", (1, 1)))
+            prepared.append(tracer.prepare(request, asked, corruption))
+        if len(prepared) == PROBED:
             break
-        try:
-            asked = ask_sample(tracer, settings, sample, blank)
-            prepared.append(tracer.prepare(request, asked, settings.corruption_of(sample, lambda _: blank)))
-        except (ValueError, TypeError):
-            continue  # it will be a failed row, and is no measure of the others
     return prepared
 
 
