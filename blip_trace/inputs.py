@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -51,9 +52,11 @@ class Inputs:
                     f"the processor makes images {list(pixels.shape)}, the model takes "
                     f"[1, 3, {self._size}, {self._size}]"
                 )
-        if not bool(torch.isfinite(pixels).all()):
+        pixels = pixels.detach().float().contiguous()
+        # by numpy: torch's threads would stand in the way of a pass while pictures are read beside it
+        if not np.isfinite(pixels.numpy()).all():
             raise ValueError("the image's pixel_values hold NaN or infinity")
-        return pixels.detach().float().contiguous()
+        return pixels
 
     def question_ids(self, question: str | Tensor) -> Tensor:
         """Token ids [T] (int64), padding at the end taken away."""
