@@ -36,6 +36,8 @@ def read_answers(
         assert head.norm is not None
         hidden = ops.linear_gelu(hidden, head.dense.weight, head.dense.bias)
         hidden = layer_norm(hidden, head.norm)  # [rows, C]
+    if all(question.reads == "logits" for question in asked):
+        return [_everything(head, ops, hidden, question) for question in asked]
     answers = [_answer(head, ops, hidden, question) for question in asked]
     tokens = torch.zeros(len(hidden), 2, dtype=torch.int64)  # of the answer and of the foil
     for question, answer in zip(asked, answers, strict=True):
@@ -53,11 +55,15 @@ def read_answers(
             readings["foil_logit"] = logits[rows, 1]
         if question.reads == "vocabulary":
             readings |= _over_vocabulary(head, ops, hidden, log_sum_exp, rows, answer)
-        if question.reads == "logits":
-            distinct, of_run = rows.unique(return_inverse=True)
-            readings["logits"] = _all_logits(head, ops, hidden[distinct])[of_run]
         found.append((answer, readings))
     return found
+
+
+def _everything(head: Head, ops: OpSet, hidden: Tensor, question: Asked) -> tuple[Tensor, Readings]:
+    """The answer [A] and the logits [runs, A, V]; runs that share rows share the work."""
+    distinct, of_run = question.rows.unique(return_inverse=True)
+    logits = _all_logits(head, ops, hidden[distinct])
+    return completed(question.answer_ids, logits[of_run[0, -1]]), {"logits": logits[of_run]}
 
 
 def _answer(head: Head, ops: OpSet, hidden: Tensor, question: Asked) -> Tensor:

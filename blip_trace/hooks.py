@@ -188,7 +188,9 @@ def text_heads(model: Any) -> int:
 def readings(
     logits: Tensor, answer: Tensor, foil: Tensor | None, clean_logits: Tensor, reads: Reads
 ) -> Readings:
-    """Readings [S, A] of logits [S, A, V], beside the clean ones [1, A, V]."""
+    """Readings [S, A] of logits [S, A, V], beside the clean ones [1, A, V]; or those logits."""
+    if reads == "logits":
+        return {"logits": logits}
     wide = logits.double()
 
     def of(tokens: Tensor, values: Tensor) -> Tensor:
@@ -203,8 +205,6 @@ def readings(
         clean = clean_logits.double().log_softmax(-1)
         found["kl_divergence"] = (clean.exp() * (clean - log_probs)).sum(-1)
         found["rank"] = 1 + (wide > own[..., None]).sum(-1).double()
-    if reads == "logits":
-        found["logits"] = logits
     return found
 
 

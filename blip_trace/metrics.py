@@ -2,8 +2,8 @@
 
 A *reading* is a number for each token of the answer. Logits and log-probabilities are read always; a foil's
 logit where there is a foil; divergence and rank, which take the logits of the whole vocabulary, where they
-are asked for; and those logits themselves, for metrics of one's own. A *metric* is made of readings, and
-joins those of several tokens to one number.
+are asked for. Or those logits themselves are read, and nothing else, for metrics of one's own. A *metric* is
+made of readings, and joins those of several tokens to one number.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .sites import check_names
 
 Readings = Mapping[str, Tensor]
 """By name, tensors [..., A] over the answer's tokens, in float64: log_probability, logit and, where they were
-asked for, foil_logit, kl_divergence, rank; and logits [..., A, V], in float32 or better."""
+asked for, foil_logit, kl_divergence, rank; or logits [..., A, V] alone, in float32 or better."""
 
 Reads = Literal["answer", "vocabulary", "logits"]
-"""What is read beside the answer's (and the foil's) logits: nothing, what takes the logits of all words, or
-all of those."""
+"""What is read: what takes the logits of the answer (and the foil), also what takes those of all words, or
+those of all words themselves."""
 
 
 OWN = -1

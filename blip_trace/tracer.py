@@ -344,7 +344,9 @@ class Tracer:
             read["logits"].float() for read in (found.clean, found.corrupted, found.patched)
         )
         answer_ids = tuple(found.answer_ids.tolist())
-        return Logits(patched[:, changed.places], corrupted, clean, answer_ids, changed.settings)
+        if changed.places != list(range(patched.shape[1])):  # else it would be a copy
+            patched = patched[:, changed.places]
+        return Logits(patched, corrupted, clean, answer_ids, changed.settings)
 
     def _changed(
         self,

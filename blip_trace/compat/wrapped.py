@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -179,16 +180,18 @@ def patched_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [S, cells, 1, V] of the corrupted runs with each cell's states of the donor's run, and those
     [S, 1, V] of the corrupted runs alone: of the answer's first token. Raises as `Tracer.logits` does."""
-    found = torch.empty(0)
-    # The image encoder is run for every cell of a pass that changes it anywhere.
+    # The image encoder is run for every cell of a pass that changes it anywhere: those go by themselves.
     deep = [any(site.stack == "vision" for site in cell.sites) for cell in cells]
-    for of_vision in sorted(set(deep)):
-        own = [number for number, vision in enumerate(deep) if vision == of_vision]
-        got = tracer.logits(donor.pixels, donor.ids, [cells[number] for number in own], corruption=corruption)
-        if not len(found):
-            found = got.cells.new_empty(len(got.cells), len(cells), *got.cells.shape[2:])
-        found[:, own] = got.cells
-    return found, got.low.clone()
+    order = sorted(range(len(cells)), key=deep.__getitem__)
+    parts = []
+    for _, numbers in groupby(order, key=deep.__getitem__):
+        own = [cells[number] for number in numbers]
+        parts.append(tracer.logits(donor.pixels, donor.ids, own, corruption=corruption))
+    found = parts[0].cells
+    if len(parts) > 1:
+        found = torch.cat([part.cells for part in parts], dim=1)[:, torch.tensor(order).argsort()]
+    # results may be written to, what the engine made in inference mode may not
+    return found.clone(), parts[0].low.clone()
 
 
 def collects_outputs(hook: Any) -> bool:
