@@ -38,6 +38,12 @@ def check_requirements() -> None:
         )
 
 
+def torch_has_cuda() -> bool:
+    import torch
+
+    return torch.version.cuda is not None
+
+
 class CMakeBuild(build_ext):
     """Builds in the persistent folder build/native, so that the next build redoes only what changed."""
 
@@ -52,6 +58,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
+        if torch_has_cuda() and (built := build / "_cuda.so").exists():  # else built by hand, as a check
+            shutil.copy2(built, target.parent)
 
 
 native = os.environ.get("BLIP_TRACE_SKIP_NATIVE", "0") in ("", "0")

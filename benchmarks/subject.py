@@ -86,7 +86,7 @@ class Subject:
 
     def operations(self) -> int:
         """What must be done for the map, by formula."""
-        image = engine.image_plan(self.program, 1, len(self.task.clean))
+        (image,) = engine.image_plan(self.program, 1, len(self.task.clean)).stacks
         text = engine.plan_pass(self.program, [self.task])
         return cost.image_operations(self.program.image, image) + cost.operations(self.program, text)
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from . import hooks
-from .engine import Task
 from .hooks import Edit
 from .metrics import METRICS, Measured, Readings, check_foil, completed, joined
 from .sites import HEAD_KINDS, Cell, Site, check_count, check_names
+from .task import Task
 
 Progress = Callable[[float], None]
 """Called with the share of the work that is done."""
@@ -113,7 +113,7 @@ def estimate(
     measured = {}
     for metric in metrics:
         low, effects = (torch.cat([part[metric][i] for part in parts]) for i in (0, 1))
-        high = METRICS[metric].of_token(read(clean_logits))[0].float()
+        high = METRICS[metric].of_token(read(clean_logits))[0].float().cpu()
         start = low[:, None] if task.direction == "denoise" else high
         measured[metric] = Measured(start + effects, low, high)
     return answer, measured
@@ -148,8 +148,8 @@ def _estimate_sample(
                         continue
                     products = changes[module] * gradient.float() / steps
                     sites = modules[module]
-                    effects[metric][0, :, place].index_add_(0, sites.cells, sites.sums(products[0]))
-    return {metric: (METRICS[metric].of_token(low).float(), effects[metric]) for metric in metrics}
+                    effects[metric][0, :, place].index_add_(0, sites.cells, sites.sums(products[0]).cpu())
+    return {metric: (METRICS[metric].of_token(low).float().cpu(), effects[metric]) for metric in metrics}
 
 
 @contextmanager
@@ -193,8 +193,8 @@ def _between(base: Task, other: Task, share: float) -> Task:
 
 @dataclass(frozen=True)
 class _Sites:
-    """The sites at one module's output: which cell each belongs to, its token and its head, [n] each.
-    `heads`: into how many parts the channels fall, one where whole states are restored."""
+    """The sites at one module's output: which cell each belongs to (on the CPU), its token and its head, [n]
+    each. `heads`: into how many parts the channels fall, one where whole states are restored."""
 
     cells: Tensor
     tokens: Tensor
@@ -218,8 +218,8 @@ def _modules(model: Any, cells: Sequence[Cell]) -> dict[nn.Module, _Sites]:
     return {
         module: _Sites(
             torch.tensor([number for number, _ in own]),
-            torch.tensor([site.token for _, site in own]),
-            torch.tensor([site.head or 0 for _, site in own]),
+            torch.tensor([site.token for _, site in own], device=model.device),
+            torch.tensor([site.head or 0 for _, site in own], device=model.device),
             heads if own[0][1].kind in HEAD_KINDS else 1,
         )
         for module, own in found.items()

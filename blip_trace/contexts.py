@@ -22,13 +22,16 @@ class Knockout:
 
     query_rows [P]: rows of the batch that they stand for, group by group: those of group g are
     query_starts[g] to query_starts[g + 1], and attend to state_rows[state_starts[g]:state_starts[g + 1]],
-    rows of the batch (self-attention) or of the states that are attended to.
+    rows of the batch (self-attention) or of the states that are attended to. query_marks and state_marks are
+    the same starts on the CPU, wherever the plan is.
     """
 
     query_rows: Tensor
     query_starts: Tensor
     state_rows: Tensor
     state_starts: Tensor
+    query_marks: tuple[int, ...]
+    state_marks: tuple[int, ...]
 
 
 class Override(NamedTuple):
@@ -90,11 +93,15 @@ class Contexts:
             return None
         seen = list(self._queries)
         queries = [list(rows) for rows in self._queries.values()]
+        query_starts = np.cumsum([0, *map(len, queries)])
+        state_starts = np.cumsum([0, *map(len, seen)])
         return Knockout(
             query_rows=int32(np.concatenate(queries)),
-            query_starts=int32(np.cumsum([0, *map(len, queries)])),
+            query_starts=int32(query_starts),
             state_rows=int32(np.concatenate(seen)),
-            state_starts=int32(np.cumsum([0, *map(len, seen)])),
+            state_starts=int32(state_starts),
+            query_marks=tuple(query_starts.tolist()),
+            state_marks=tuple(state_starts.tolist()),
         )
 
     def head_rows(self) -> Tensor | None:

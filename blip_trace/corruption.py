@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import Cache
 from .sites import check_count
 
 Edit = Callable[[Tensor, slice], Tensor]
@@ -71,6 +72,9 @@ class InputCorruption(Protocol):
 Corruption = Callable[[Tensor], Tensor] | InputCorruption
 
 
+_noises = Cache[Tensor](2**26, lambda noise: noise.nbytes)
+
+
 @dataclass(frozen=True)
 class _Noise:
     """Noise drawn once per sample and used for every cell of it; sample s is the same however many are drawn.
@@ -94,11 +98,20 @@ class _Noise:
 
     def apply(self, clean: Tensor) -> Tensor:
         """Samples [S, ...] of `clean` in float32 or better, drawn on the CPU on any device."""
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn((self.samples, *clean.shape), generator=generator).mul_(self.std).add_(self.mean)
-        noise = noise.to(clean.device)
+        noise = self._drawn(clean.shape, clean.device)
         clean = clean.to(torch.promote_types(clean.dtype, torch.float32))
         return clean * noise if self.mode == "multiply" else clean + noise
+
+    def _drawn(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """The noise [S, ...]: common to all inputs of one shape, and kept, for drawing it can take longer
+        than a pass."""
+
+        def draw() -> Tensor:
+            generator = torch.Generator().manual_seed(self.seed)
+            noise = torch.randn((self.samples, *shape), generator=generator)
+            return noise.mul_(self.std).add_(self.mean).to(device)
+
+        return _noises.get((self.seed, self.samples, self.std, self.mean, shape, device), draw)
 
 
 @dataclass(frozen=True)
@@ -345,6 +358,14 @@ def _blurred(pixels: Tensor, std: float) -> Tensor:
     wide = F.conv2d(F.pad(channels, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
     both = F.conv2d(F.pad(wide, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
     return both.transpose(0, 1)
+
+
+def check_corruption(corruption: Corruption | None) -> Corruption:
+    """A corruption; ten samples of noise unless given. Raises TypeError for anything else."""
+    corruption = GaussianNoise() if corruption is None else corruption
+    if not callable(corruption) and not isinstance(corruption, InputCorruption):
+        raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
+    return corruption
 
 
 def corrupt(corruption: Corruption, original: Original) -> Corrupted:

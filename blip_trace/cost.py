@@ -48,10 +48,14 @@ def stack_operations(stack: Stack, plan: StackPlan) -> Iterator[int]:
         yield step_operations(sublayer, step)
 
 
+def stacks_operations(program: Program, plan: Plan) -> int:
+    """Operations of the stacks that are planned."""
+    return sum(sum(stack_operations(program.stacks[own.name], own)) for own in plan.stacks)
+
+
 def operations(program: Program, plan: Plan) -> int:
     """Operations of a pass over the stacks that are planned, and the head."""
-    done = sum(sum(stack_operations(program.stacks[own.name], own)) for own in plan.stacks)
-    return done + head_operations(program.head, plan.rows)
+    return stacks_operations(program, plan) + head_operations(program.head, plan.rows)
 
 
 def head_operations(head: Head, rows: int) -> int:

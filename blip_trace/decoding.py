@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from .engine import Scores
 from .inputs import Inputs
 from .metrics import OWN
 from .prepare import Asked
+from .task import Scores
 
 Score = Callable[[Sequence[Asked]], list[Scores]]
 """Reads the clean runs of questions, with all their logits."""

@@ -9,7 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .ops import extension, native_unavailable_reason
+from .devices import parse_device
+from .ops import extension, native_unavailable_reason, triton_unavailable_reason
+
+GPU = torch.device("cuda")
 
 PRODUCTS = {
     "torch": "torch's",
@@ -19,11 +22,12 @@ PRODUCTS = {
 
 
 def report() -> dict[str, dict[str, str]]:
-    """Facts by section: versions, build, processor, backends."""
+    """Facts by section: versions, build, processor, devices, backends."""
     return {
         "versions": _versions(),
         "build": _build(),
         "processor": _processor(),
+        "devices": _gpus(),
         "backends": _backends(),
     }
 
@@ -77,11 +81,29 @@ def _processor() -> dict[str, str]:
     return facts
 
 
+def _gpus() -> dict[str, str]:
+    facts = {}
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        memory, capability = found.total_memory / 2**30, f"{found.major}.{found.minor}"
+        facts[f"cuda:{number}"] = f"{found.name}, {memory:.0f} GiB, compute capability {capability}"
+    return facts or {"GPU": _without_gpu() or "none"}
+
+
+def _without_gpu() -> str | None:
+    """Why there is no GPU; None where there is one."""
+    try:
+        parse_device("cuda")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _backends() -> dict[str, str]:
     return {
         "hooks": "works",
         "reference": "works",
         "native (CPU)": native_unavailable_reason() or "works",
-        "native (CUDA)": "not in this version",
-        "triton": "not in this version",
+        "native (GPU)": _without_gpu() or native_unavailable_reason(GPU) or "works",
+        "triton (GPU)": _without_gpu() or triton_unavailable_reason(GPU) or "works",
     }

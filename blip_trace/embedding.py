@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .program import Norm, PatchEmbedding, Program, Stack, TokenEmbedding
+from .task import Task
 
 
 def word_table(stack: Stack) -> Tensor:
@@ -15,27 +18,37 @@ def word_table(stack: Stack) -> Tensor:
     return stack.embedding.words
 
 
-def embed_text(
-    program: Program, stack: Stack, text_ids: Tensor, answer_ids: Tensor, corrupted: Tensor | None
-) -> Tensor:
-    """What enters a text stack, one text behind the other: [rows, C]. Into the first one goes the text, clean
-    and then corrupted; into the next its answer, as far as it is given.
-
-    text_ids [T], answer_ids [A], corrupted embeddings of the text's words [S, T, C].
-    """
+def embed_texts(program: Program, stack: Stack, tasks: Sequence[Task]) -> Tensor:
+    """What enters a text stack, one text behind the other: [rows, C]. Into the first one goes each task's
+    text, clean and then corrupted; into the next its answer, as far as it is given."""
     assert isinstance(stack.embedding, TokenEmbedding)
-    begun = answer_ids[:-1]
-    if stack is not program.texts[0]:
-        words = word_table(stack)[torch.cat((torch.tensor([program.start_token]), begun))][None]
-    else:
-        words = word_table(stack)[text_ids][None]
-        if corrupted is not None:
-            words = torch.cat((words, corrupted))
-        if program.task == "continue":
-            behind = word_table(stack)[begun].expand(len(words), -1, -1)
-            words = torch.cat((words, behind), dim=1)
-    positions = stack.embedding.positions[: words.shape[1]]
-    return layer_norm(words + positions, stack.embedding.norm).flatten(0, 1)
+    table = word_table(stack)
+    first = stack is program.texts[0]
+    ids = [_entering(program, task, first) for task in tasks]
+    words = table[torch.cat(ids).to(table.device)]
+    copies = [1 + task.samples * (first and task.words is not None) for task in tasks]
+    if max(copies) > 1:
+        parts = words.split([len(own) for own in ids])
+        words = torch.cat([_with_corrupted(own, task) for own, task in zip(parts, tasks, strict=True)])
+    places = [torch.arange(len(own)).repeat(n) for own, n in zip(ids, copies, strict=True)]
+    positions = stack.embedding.positions[torch.cat(places).to(table.device)]
+    return layer_norm(words + positions, stack.embedding.norm)
+
+
+def _entering(program: Program, task: Task, first: bool) -> Tensor:
+    """Ids of what enters the first text stack, or the next."""
+    begun = task.answer_ids[:-1]
+    if not first:
+        return torch.cat((torch.tensor([program.start_token]), begun))
+    return torch.cat((task.text_ids, begun)) if program.task == "continue" else task.text_ids
+
+
+def _with_corrupted(clean: Tensor, task: Task) -> Tensor:
+    """Words of a task's clean text [T, C] and, behind them, of its corrupted ones: [rows, C]."""
+    if task.words is None:
+        return clean
+    behind = clean[task.words.shape[1] :].expand(len(task.words), -1, -1)
+    return torch.cat((clean, torch.cat((task.words, behind), dim=1).flatten(0, 1)))
 
 
 @torch.inference_mode()
@@ -44,7 +57,8 @@ def embed_patches(stack: Stack, pixels: Tensor) -> Tensor:
     embedding = stack.embedding
     assert isinstance(embedding, PatchEmbedding)
     size = embedding.patch_size
-    patches = F.unfold(pixels, size, stride=size).transpose(1, 2)  # [B, patches, 3 p p]
+    blocks = pixels.unflatten(2, (-1, size)).unflatten(4, (-1, size))  # [B, 3, rows, p, columns, p]
+    patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, patches, 3 p p]
     patches = F.linear(
         patches.to(embedding.positions.dtype), embedding.projection.weight, embedding.projection.bias
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import cost
 from .contexts import Knockout
-from .embedding import embed_text, layer_norm
+from .embedding import embed_texts, layer_norm
+from .graphs import Graphs
 from .head import Asked, read_answers
-from .metrics import Readings, Reads
+from .metrics import OWN, Readings
 from .ops import OpSet
+from .passes import Part, can_shrink, merge, pack
 from .program import (
     CrossAttention,
     Mlp,
@@ -22,16 +26,8 @@ from .program import (
     Stack,
     Sublayer,
 )
-from .runs import Job
-from .schedule import Plan, StackPlan, StackShape, Step, plan, straight_plan
-from .sites import Cell
-
-DEFAULT_MEMORY = 128 * 2**20
-"""Bytes of activations that a pass may take unless told otherwise: larger passes are hardly faster."""
-
-DEFAULT_IMAGE_MEMORY = 512 * 2**20
-"""The same where the image stack is traced: its runs are as large as the picture, and every pass takes the
-clean and the corrupted run along."""
+from .schedule import Plan, StackPlan, StackShape, Step, located, plan, straight_plan
+from .task import Scores, Task
 
 Progress = Callable[[int, int], None]
 """Called with operations done and operations in all."""
@@ -39,91 +35,25 @@ Progress = Callable[[int, int], None]
 KNOCKOUT_BYTES = 2**25
 """Of states that are gathered at once for attention with edges cut."""
 
+Pending = Callable[[], list[Scores]]
+"""Waits for a pass: what was read of its tasks."""
+
 Tick = Callable[[int], None]
 """Called with the operations that were just done."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One text about one image, to trace.
-
-    text_ids [T] and answer_ids [A] (int64, the last perhaps `metrics.OWN`), clean [N, D] and
-    corrupted [S, N, D] states of the image, the cells to change, in which direction (see `schedule.Job`), and
-    corrupted embeddings of the text's tokens, words [S, T, C]. Where `corrupted` or `words` is None, that is
-    clean; where both are, there is one sample, the clean run itself.
-
-    `patches`: the image is given by its embedded patches, and the image stack is part of the trace.
-    `foil_ids`, `reads`: see `head.Asked`.
-    """
-
-    text_ids: Tensor
-    answer_ids: Tensor
-    clean: Tensor
-    corrupted: Tensor | None
-    cells: tuple[Cell, ...]
-    direction: str = "denoise"
-    words: Tensor | None = None
-    patches: bool = False
-    foil_ids: Tensor | None = None
-    reads: Reads = "answer"
-
-    @property
-    def samples(self) -> int:
-        """Corrupted inputs."""
-        given = self.words if self.corrupted is None else self.corrupted
-        return 1 if given is None else len(given)
-
-    @property
-    def images(self) -> tuple[Tensor, ...]:
-        """Sets of rows that stand for the image, the clean one and then the corrupted ones: each [sets, N,
-        D]."""
-        clean = self.clean[None]
-        return (clean,) if self.corrupted is None else (clean, self.corrupted)
-
-    def part(self, first: int, last: int) -> Task:
-        """The task of these samples alone."""
-        corrupted, words = (None if x is None else x[first:last] for x in (self.corrupted, self.words))
-        return replace(self, corrupted=corrupted, words=words)
-
-    def job(self, program: Program) -> Job:
-        """The task's shape in the stacks of a program."""
-        text, answer = len(self.text_ids), len(self.answer_ids)
-        tokens, first = {
-            "answer": ((text, answer), 0),
-            "continue": ((text + answer - 1,), text - 1),
-            "match": ((text,), 0),
-        }[program.task]
-        return Job(
-            tokens,
-            range(first, first + answer),
-            self.samples,
-            self.cells,
-            self.direction,
-            images=self.corrupted is not None,
-            words=self.words is not None,
-        )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What was read of a task's runs: clean [A], corrupted [S, A], patched [S, cells, A]."""
-
-    answer_ids: Tensor
-    clean: Readings
-    corrupted: Readings
-    patched: Readings
-
-
 @torch.inference_mode()
-def encode_image(program: Program, ops: OpSet, embedded: Tensor) -> Tensor:
+def encode_image(program: Program, ops: OpSet, embedded: Tensor, graphs: Graphs | None = None) -> Tensor:
     """The image stack's final states [B, N, C] of embedded patches [B, N, C]."""
     images, tokens, width = embedded.shape
     plan = image_plan(program, images, tokens)
-    states = _run_stack(program.image, plan, ops, embedded.reshape(-1, width), None)
+    states = _through(program, ops, plan, graphs, None, embedded.reshape(-1, width))
+    if graphs is not None:
+        states = states.clone()  # a graph overwrites what it made
     return states.view(images, tokens, width)
 
 
-def image_plan(program: Program, images: int, tokens: int) -> StackPlan:
+def image_plan(program: Program, images: int, tokens: int) -> Plan:
     """The plan by which `encode_image` runs the image stack."""
     return straight_plan(stack_shape(program.image), images, tokens)
 
@@ -136,47 +66,88 @@ def stack_shape(stack: Stack) -> StackShape:
 
 @torch.inference_mode()
 def score(
-    program: Program, ops: OpSet, tasks: Sequence[Task], memory: int | None, progress: Progress | None = None
+    program: Program,
+    ops: OpSet,
+    tasks: Sequence[Task],
+    memory: int | None,
+    progress: Progress | None = None,
+    graphs: Graphs | None = None,
 ) -> list[Scores]:
-    """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow (None: as
-    the constants above).
+    """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow (None: see
+    `passes.budget`). Where memory does not suffice after all, the passes that are left are made half as
+    large, with a warning.
 
-    Tasks share a pass, and one that is too large for a pass is split, by samples first and then by cells;
-    every part takes its clean and corrupted runs along, so the numbers stay the same but for rounding.
+    While a GPU works on a pass, the next one is prepared. graphs: see there; those of this program.
     """
-    passes = list(_passes(program, tasks, memory))
-    plans = [plan_pass(program, [part for _, part in parts]) for parts in passes]
-    tick = None
-    if progress is not None:
-        tick = _counter(progress, sum(cost.operations(program, p) for p in plans))
+    halvings = 0
+    passes = pack(program, [Part(number, task) for number, task in enumerate(tasks)], memory)
+    tick = None if progress is None else _counter(progress, _operations(program, passes))
     answers = [task.answer_ids for task in tasks]
-    pieces: list[list[Scores]] = [[] for _ in tasks]
-    for parts, shape in zip(passes, plans, strict=True):
-        known = [replace(part, answer_ids=answers[number]) for number, part in parts]
-        for (number, _), scores in zip(parts, _run(program, ops, known, shape, tick), strict=True):
-            answers[number] = scores.answer_ids
-            pieces[number].append(scores)
-    return [_merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
+    pieces: list[list[tuple[Part, Scores]]] = [[] for _ in tasks]
+    running: list[tuple[list[Part], Pending]] = []
+
+    def settle() -> None:
+        parts, pending = running.pop(0)
+        for part, scores in zip(parts, pending(), strict=True):
+            answers[part.number] = scores.answer_ids
+            pieces[part.number].append((part, scores))
+
+    while passes:
+        parts = passes.pop(0)
+        known = [replace(part.task, answer_ids=answers[part.number]) for part in parts]
+        try:
+            pending = _run(program, ops, known, plan_pass(program, known), tick, graphs)
+        except torch.OutOfMemoryError:
+            if not can_shrink(parts):
+                raise
+            halvings += 1
+            _make_room(graphs)
+            left = [part for own in (parts, *passes) for part in own]
+            passes = pack(program, left, memory, halvings)
+            warnings.warn(
+                f"out of memory: going on with passes 1/{2**halvings} as large; give `memory` to begin so",
+                stacklevel=2,
+            )
+            continue
+        running.append((parts, pending))
+        # an answer of the model's own must be the same in all parts of a task
+        open_ended = any(task.answer_ids[-1] == OWN for task in known)
+        split = any(part.task is not tasks[part.number] for part in parts)
+        while len(running) > (0 if open_ended and split else 1):
+            settle()
+    while running:
+        settle()
+    return [merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
 
 
 def count_operations(program: Program, tasks: Sequence[Task], memory: int | None) -> int:
     """What `score` will do, by formula: see `cost`."""
-    passes = _passes(program, tasks, memory)
-    return sum(cost.operations(program, plan_pass(program, [part for _, part in parts])) for parts in passes)
+    return _operations(program, pack(program, [Part(0, task) for task in tasks], memory))
 
 
-def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: Tick | None) -> list[Scores]:
+def _operations(program: Program, passes: Sequence[Sequence[Part]]) -> int:
+    return sum(cost.operations(program, plan_pass(program, [part.task for part in own])) for own in passes)
+
+
+def _make_room(graphs: Graphs | None) -> None:
+    if graphs is not None:
+        graphs.clear()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _run(
+    program: Program,
+    ops: OpSet,
+    tasks: Sequence[Task],
+    plan: Plan,
+    tick: Tick | None,
+    graphs: Graphs | None = None,
+) -> Pending:
     """One pass over the planned stacks and the head."""
-    states = torch.cat([rows for task in tasks for rows in task.images]).flatten(0, 1)
-    for shape in plan.stacks:
-        stack = program.stacks[shape.name]
-        if stack is program.image:
-            states = _run_stack(stack, shape, ops, states, None, tick)
-        else:
-            embedded = torch.cat(
-                [embed_text(program, stack, task.text_ids, task.answer_ids, task.words) for task in tasks]
-            )
-            states = _run_stack(stack, shape, ops, embedded, states, tick)
+    images = torch.cat([rows for task in tasks for rows in task.images]).flatten(0, 1)
+    texts = [embed_texts(program, stack, tasks) for stack in program.texts]
+    states = _through(program, ops, plan, graphs, tick, images, *texts)
     asked = [
         Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.reads)
         for rows, task in zip(plan.answer_rows, tasks, strict=True)
@@ -184,7 +155,42 @@ def _run(program: Program, ops: OpSet, tasks: Sequence[Task], plan: Plan, tick: 
     read = read_answers(program.head, ops, states, asked)
     if tick is not None:
         tick(cost.head_operations(program.head, plan.rows))
-    return [_scores(task, *own) for task, own in zip(tasks, read, strict=True)]
+    return lambda: [_scores(task, *own) for task, own in zip(tasks, read(), strict=True)]
+
+
+def _through(
+    program: Program,
+    ops: OpSet,
+    plan: Plan,
+    graphs: Graphs | None,
+    tick: Tick | None,
+    images: Tensor,
+    *texts: Tensor,
+) -> Tensor:
+    """The final states [rows, C] of the planned stacks: directly, or by a graph."""
+    here = located(plan, images.device)
+    if graphs is None:
+        return _run_stacks(program, ops, here, tick, images, *texts)
+    states = graphs.run(id(here), partial(_run_stacks, program, ops, here, None), images, *texts)
+    if tick is not None:
+        tick(cost.stacks_operations(program, plan))
+    return states
+
+
+def _run_stacks(
+    program: Program, ops: OpSet, plan: Plan, tick: Tick | None, images: Tensor, *texts: Tensor
+) -> Tensor:
+    """Run the planned stacks one behind the other: the image stack over embedded patches `images` [rows, C],
+    unless those are its final states already; then each text stack over its embedded texts [rows, C]."""
+    states = images
+    entering = iter(texts)
+    for shape in plan.stacks:
+        stack = program.stacks[shape.name]
+        if stack is program.image:
+            states = _run_stack(stack, shape, ops, states, None, tick)
+        else:
+            states = _run_stack(stack, shape, ops, next(entering), states, tick)
+    return states
 
 
 def _run_stack(
@@ -193,7 +199,7 @@ def _run_stack(
     ops: OpSet,
     embedded: Tensor,
     states: Tensor | None,
-    tick: Tick | None = None,
+    tick: Tick | None,
 ) -> Tensor:
     """Run a stack's layers over embedded rows [rows, C]; returns its final states [rows, C]."""
     sublayers = [sublayer for _, sublayer in stack.steps()]
@@ -253,7 +259,8 @@ def _mix_heads(context: Tensor, rows: Tensor) -> Tensor:
     """Rows [P, C] mixed from those of `context` [rows, C]: head h of row p is that of row rows[p, h]."""
     heads = rows.shape[1]
     parts = context.unflatten(1, (heads, -1))  # [rows, H, d]
-    mixed: Tensor = parts[rows.long(), torch.arange(heads)]  # [P, H, d]
+    taken = rows.long()[..., None].expand(-1, -1, parts.shape[2])  # [P, H, d]
+    mixed: Tensor = parts.gather(0, taken)
     return mixed.flatten(1)
 
 
@@ -275,10 +282,11 @@ def _knocked_out(
     q = ops.linear(x[knockout.query_rows], query, bias)
     starts, ends = knockout.query_starts, knockout.state_starts
     parts = []
-    for first, last in _blocks(ends.tolist(), KNOCKOUT_BYTES // (states.shape[1] * states.element_size())):
-        seen = states[knockout.state_rows[ends[first] : ends[last]]]
-        own = slice(int(starts[first]), int(starts[last]))
-        queries, sets = (marks[first : last + 1] - marks[first] for marks in (starts, ends))
+    marks = knockout.state_marks
+    for first, last in _blocks(marks, KNOCKOUT_BYTES // (states.shape[1] * states.element_size())):
+        seen = states[knockout.state_rows[marks[first] : marks[last]]]
+        own = slice(knockout.query_marks[first], knockout.query_marks[last])
+        queries, sets = (all_[first : last + 1] - all_[first] for all_ in (starts, ends))
         parts.append(ops.cross_attention(q[own], seen, key, value, queries, sets, heads))
     return torch.cat(parts)
 
@@ -299,47 +307,6 @@ def plan_pass(program: Program, tasks: Sequence[Task]) -> Plan:
     return plan(image, tuple(map(stack_shape, program.texts)), jobs, states=len(tasks[0].clean))
 
 
-def _passes(program: Program, tasks: Sequence[Task], memory: int | None) -> Iterator[list[tuple[int, Task]]]:
-    """Parts of tasks (number, part) that go through the model together."""
-    parts: list[tuple[int, Task]] = []
-    taken = 0
-    for number, task in enumerate(tasks):
-        run_bytes = _run_bytes(program, task)
-        default = DEFAULT_IMAGE_MEMORY if task.patches else DEFAULT_MEMORY
-        budget = default if memory is None else memory
-        for part in _split(task, max(2, budget // run_bytes)):
-            needed = run_bytes * (1 + part.samples * (1 + len(part.cells)))
-            if parts and (taken + needed > budget or parts[0][1].patches != part.patches):
-                yield parts
-                parts, taken = [], 0
-            parts.append((number, part))
-            taken += needed
-    yield parts
-
-
-def _run_bytes(program: Program, task: Task) -> int:
-    """Bytes of activations that each run of a task takes."""
-    tokens = task.job(program).tokens
-    largest = max(n * cost.row_bytes(stack) for n, stack in zip(tokens, program.texts, strict=True))
-    if task.patches:
-        largest = max(largest, len(task.clean) * cost.row_bytes(program.image))
-    return largest
-
-
-def _split(task: Task, runs: int) -> Iterator[Task]:
-    """Parts of a task of at most `runs` runs each, the clean one not counted."""
-    cells = len(task.cells)
-    samples = runs // (1 + cells)
-    if samples:
-        for first in range(0, task.samples, samples):
-            yield task.part(first, first + samples)
-        return
-    for sample in range(task.samples):
-        one = task.part(sample, sample + 1)
-        for first in range(0, cells, runs - 1):
-            yield replace(one, cells=task.cells[first : first + runs - 1])
-
-
 def _scores(task: Task, answer: Tensor, readings: Readings) -> Scores:
     """Sort the readings [runs, A] of a task's runs."""
     samples, cells = task.samples, len(task.cells)
@@ -348,31 +315,6 @@ def _scores(task: Task, answer: Tensor, readings: Readings) -> Scores:
         clean={name: read[0] for name, read in readings.items()},
         corrupted={name: read[1 : 1 + samples] for name, read in readings.items()},
         patched={name: read[1 + samples :].unflatten(0, (samples, cells)) for name, read in readings.items()},
-    )
-
-
-def _merge(task: Task, parts: Sequence[Scores]) -> Scores:
-    """Put together what `_split` took apart."""
-    if len(parts) == 1:
-        return parts[0]
-    samples, cells = task.samples, len(task.cells)
-
-    def patched(name: str) -> Tensor:
-        rows: Tensor = torch.cat([part.patched[name].flatten(0, 1) for part in parts])
-        return rows.view(samples, cells, *rows.shape[1:])
-
-    def corrupted(name: str) -> Tensor:
-        # parts of one sample repeat its corrupted run
-        rows = torch.cat([part.corrupted[name] for part in parts])
-        each: Tensor = rows[:: max(1, -(-len(parts) // samples))]
-        return each
-
-    first = parts[0]
-    return Scores(
-        answer_ids=first.answer_ids,
-        clean=first.clean,
-        corrupted={name: corrupted(name) for name in first.clean},
-        patched={name: patched(name) for name in first.clean},
     )
 
 

@@ -19,9 +19,10 @@ from transformers import (
     BlipForQuestionAnswering,
 )
 
-from .engine import Progress, Scores, Task
+from .engine import Progress
 from .metrics import Readings, Reads, check_foil, completed
 from .sites import Cut, Site
+from .task import Scores, Task
 
 Edit = Callable[[Tensor], Tensor]
 """Takes the output [S, T, C] of a module and returns what is to stand in its place."""
@@ -57,7 +58,7 @@ def _layers(model: Any, stack: str) -> Any:
 
 def embed_image(model: Any, pixels: Tensor) -> Tensor:
     """Embedded patches [B, N, C] of pixel values [B, 3, H, W], class token first."""
-    embedded: Tensor = model.vision_model.embeddings(pixels)
+    embedded: Tensor = model.vision_model.embeddings(pixels.to(model.device))
     return embedded
 
 
@@ -74,27 +75,27 @@ def answer_logits(model: Any, task: Task, images: Tensor) -> Tensor:
     """Logits [S, A, V] of a task's answer, for image states [S, N, D]: what the parts of the model make of
     them one behind the other."""
     rows = len(images)
-    begun = task.answer_ids[:-1]
+    begun, text = (ids.to(images.device) for ids in (task.answer_ids[:-1], task.text_ids))
     logits: Tensor
     match model:
         case BlipForQuestionAnswering():
             question = model.text_encoder(
-                input_ids=task.text_ids.expand(rows, -1), encoder_hidden_states=images
+                input_ids=text.expand(rows, -1), encoder_hidden_states=images
             ).last_hidden_state
-            given = torch.cat((torch.tensor([model.decoder_start_token_id]), begun))
+            given = torch.cat((begun.new_tensor([model.decoder_start_token_id]), begun))
             logits = model.text_decoder(
                 input_ids=given.expand(rows, -1), encoder_hidden_states=question, use_cache=False
             ).logits
         case BlipForConditionalGeneration():
-            given = torch.cat((task.text_ids, begun))
+            given = torch.cat((text, begun))
             logits = model.text_decoder(
                 input_ids=given.expand(rows, -1), encoder_hidden_states=images, use_cache=False
-            ).logits[:, len(task.text_ids) - 1 :]
+            ).logits[:, len(text) - 1 :]
         case BlipForImageTextRetrieval():
-            text = model.text_encoder(
-                input_ids=task.text_ids.expand(rows, -1), encoder_hidden_states=images
+            states = model.text_encoder(
+                input_ids=text.expand(rows, -1), encoder_hidden_states=images
             ).last_hidden_state
-            logits = model.itm_head(text[:, :1])
+            logits = model.itm_head(states[:, :1])
         case _:
             raise TypeError(f"no hooks for {type(model).__name__}")
     return logits
@@ -102,7 +103,8 @@ def answer_logits(model: Any, task: Task, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def score(model: Any, tasks: Sequence[Task], progress: Progress | None = None) -> list[Scores]:
-    """What `engine.score` computes, by one forward pass for every cell (its samples are a batch)."""
+    """What `engine.score` computes, by one forward pass for every cell (its samples are a batch), on the
+    device where the model is."""
     total, done = sum(len(task.cells) for task in tasks), 0
     results = []
     for task in tasks:
@@ -140,14 +142,14 @@ def score(model: Any, tasks: Sequence[Task], progress: Progress | None = None) -
             if progress is not None:
                 progress(done, total)
         low = read(corrupted)
-        empty = corrupted.new_empty(task.samples, 0, len(answer)).double()
+        empty = torch.empty(task.samples, 0, len(answer)).double()
         results.append(
             Scores(
                 answer_ids=answer,
-                clean={name: own[0] for name, own in read(clean_logits).items()},
-                corrupted=low,
+                clean={name: own[0].cpu() for name, own in read(clean_logits).items()},
+                corrupted={name: own.cpu() for name, own in low.items()},
                 patched={
-                    name: torch.stack([own[name] for own in patched], dim=1) if patched else empty
+                    name: torch.stack([own[name] for own in patched], dim=1).cpu() if patched else empty
                     for name in low
                 },
             )
@@ -173,10 +175,16 @@ def run(model: Any, task: Task) -> Tensor:
         return answer_logits(model, task, images)
 
 
+def word_table(model: Any) -> Tensor:
+    """Word embeddings [V, C] of the first text stack."""
+    table: Tensor = model.get_input_embeddings().weight
+    return table.detach()
+
+
 def clean_words(model: Any, text_ids: Tensor) -> Tensor:
     """Embeddings [T, C] of a text's tokens [T], before positions and norm."""
-    table: Tensor = model.get_input_embeddings().weight
-    return table.detach()[text_ids]
+    table = word_table(model)
+    return table[text_ids.to(table.device)]
 
 
 def text_heads(model: Any) -> int:
@@ -192,6 +200,7 @@ def readings(
     if reads == "logits":
         return {"logits": logits}
     wide = logits.double()
+    answer = answer.to(logits.device)
 
     def of(tokens: Tensor, values: Tensor) -> Tensor:
         return values.gather(2, tokens.expand(len(values), -1)[..., None])[..., 0]
@@ -200,7 +209,7 @@ def readings(
     own = of(answer, wide)
     found = {"log_probability": of(answer, log_probs), "logit": own}
     if foil is not None:
-        found["foil_logit"] = of(foil, wide)
+        found["foil_logit"] = of(foil.to(logits.device), wide)
     if reads == "vocabulary":
         clean = clean_logits.double().log_softmax(-1)
         found["kl_divergence"] = (clean.exp() * (clean - log_probs)).sum(-1)

@@ -34,7 +34,7 @@ class Inputs:
         return type(self._processor.image_processor).__name__ if self._processor is not None else None
 
     def pixels(self, image: str | Path | PIL.Image.Image | Tensor) -> Tensor:
-        """Pixel values [1, 3, H, W] in float32."""
+        """Pixel values [1, 3, H, W] in float32, on the CPU."""
         if isinstance(image, Tensor):
             pixels = image[None] if image.dim() == 3 else image
             if pixels.shape != (1, 3, self._size, self._size) or not pixels.is_floating_point():
@@ -52,7 +52,7 @@ class Inputs:
                     f"the processor makes images {list(pixels.shape)}, the model takes "
                     f"[1, 3, {self._size}, {self._size}]"
                 )
-        pixels = pixels.detach().float().contiguous()
+        pixels = pixels.detach().float().cpu().contiguous()
         # by numpy: torch's threads would stand in the way of a pass while pictures are read beside it
         if not np.isfinite(pixels.numpy()).all():
             raise ValueError("the image's pixel_values hold NaN or infinity")
@@ -67,6 +67,7 @@ class Inputs:
         elif isinstance(question, Tensor):
             if question.is_floating_point() or question.is_complex() or question.dtype == torch.bool:
                 raise TypeError(f"input_ids must be whole numbers, not {question.dtype}")
+            question = question.cpu()
             ids = question[0] if question.dim() == 2 and len(question) == 1 else question
             if ids.dim() != 1:
                 raise ValueError(f"input_ids must be one question [1, T], not {list(question.shape)}")

@@ -12,15 +12,18 @@ from torch import Tensor
 
 from . import engine, hooks
 from .attribution import Method, Screen, Screened, estimate, screen
-from .engine import Scores, Task
+from .devices import fetch
+from .graphs import Graphs
 from .metrics import Measured, measure_all
 from .ops import OpSet
 from .program import Program
+from .task import Scores, Task
 
 Progress = Callable[[float], None]
 """Called with the share of the work that is done, 0 to 1."""
 
 PROBE = (512, 768, 3072)
+GPU_PROBE = (16384, 3072, 3072)
 PROBED_SECONDS = 0.05
 USUAL_SHARE = 0.8
 """Of the rate of large products that a whole pass usually reaches."""
@@ -38,12 +41,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Measurer:
-    """One model on one backend; ops is None for the hooks."""
+    """One model on one backend; ops is None for the hooks, graphs are those of its passes on a GPU."""
 
     model: Any
     program: Program
     ops: OpSet | None
     memory: int | None
+    graphs: Graphs | None
 
     def score(self, tasks: Sequence[Task], progress: Progress | None) -> list[Scores]:
         """Everything that is read of the tasks' runs."""
@@ -52,7 +56,7 @@ class Measurer:
         report = None if progress is None else lambda done, total: progress(done / total)
         if self.ops is None:
             return hooks.score(self.model, tasks, report)
-        return engine.score(self.program, self.ops, tasks, self.memory, report)
+        return engine.score(self.program, self.ops, tasks, self.memory, report, self.graphs)
 
     def exactly(
         self, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None = None
@@ -104,19 +108,20 @@ class Measurer:
         for task in tasks:
             begin = time.perf_counter()
             with torch.inference_mode():
-                hooks.run(self.model, task)
+                hooks.run(self.model, task).cpu()
             seconds += (time.perf_counter() - begin) * (2 + len(task.cells))
         return seconds
 
     def _rate(self, ops: OpSet) -> float:
         """Operations a second in a product of the size that passes are made of."""
-        rows, depth, columns = PROBE
-        dtype = self.program.head.decoder.weight.dtype
-        x, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(columns, depth, dtype=dtype)
-        ops.linear(x, weight, None)
+        device = self.program.device
+        rows, depth, columns = GPU_PROBE if device.type == "cuda" else PROBE
+        like = self.program.head.decoder.weight
+        x, weight = like.new_empty(rows, depth).normal_(), like.new_empty(columns, depth).normal_()
+        fetch(ops.linear(x, weight, None)[0])()
         done, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < PROBED_SECONDS:
-            ops.linear(x, weight, None)
+            fetch(ops.linear(x, weight, None)[0])()
             done += 2 * rows * depth * columns
         return done / (time.perf_counter() - begin)
 

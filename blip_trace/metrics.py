@@ -103,18 +103,19 @@ def check_foil(answer: Tensor, foil: Tensor) -> Tensor:
 
 
 def vocabulary_readings(
-    logits: Tensor, log_sum_exp: Tensor, clean: Tensor, clean_log_sum_exp: Tensor, token: int
+    logits: Tensor, log_sum_exp: Tensor, clean: Tensor, clean_log_sum_exp: Tensor, token: Tensor
 ) -> tuple[Tensor, Tensor]:
     """KL divergence from the clean distribution, the sum of p_clean (log p_clean - log p) over the
     vocabulary, and the rank of a token, 1 + how many words are more probable: [n] each, in float64.
 
-    logits [n, V] of runs and clean [V], in float32 or better; log_sum_exp [n], clean_log_sum_exp [].
+    logits [n, V] of runs and clean [V], in float32 or better; log_sum_exp [n], clean_log_sum_exp [] and
+    token [].
     """
     wide = clean.double()
     probabilities = (wide - clean_log_sum_exp).exp()
     divergence = (wide - logits) @ probabilities + (log_sum_exp - clean_log_sum_exp)
     divergence.clamp_(min=0)  # rounding may put that of a run and itself just below
-    rank = 1 + (logits > logits[:, token, None]).sum(-1)
+    rank = 1 + (logits > logits.index_select(1, token.view(1))).sum(-1)
     return divergence, rank.double()
 
 

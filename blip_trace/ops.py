@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from . import reference
 
+CPU = torch.device("cpu")
 _NOT_HERE = "The `native` backend does not work here:"
 _HOW_TO_BUILD = "build it with `make`, or with `pip install --no-build-isolation -e .`"
 
@@ -64,19 +69,38 @@ class OpSet(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def get_ops(name: str) -> OpSet:
-    """The ops of a backend: "reference" (plain torch) or "native" (this package's compiled extension)."""
+def get_ops(name: str, device: torch.device = CPU) -> OpSet:
+    """The ops of a backend, for tensors on a device: "reference" (plain torch), "native" (this package's
+    compiled extension) or "triton". Raises `BackendUnavailableError` where it does not work here."""
     if name == "reference":
         return reference
     if name == "native":
-        if reason := native_unavailable_reason():
+        if reason := native_unavailable_reason(device):
             raise BackendUnavailableError(reason)
         return cast(OpSet, _native_ops())
-    raise ValueError(f"There is no backend {name!r}; there are 'native' and 'reference'.")
+    if name == "triton":
+        if reason := triton_unavailable_reason(device):
+            raise BackendUnavailableError(reason)
+        return cast(OpSet, importlib.import_module("blip_trace.kernels"))
+    raise ValueError(f"There is no backend {name!r}; there are 'native', 'triton' and 'reference'.")
 
 
-def native_unavailable_reason() -> str | None:
-    """One sentence on why the `native` backend does not work here and how to get it; None if it does."""
+def choose_backend(name: str, device: torch.device) -> str:
+    """The backend of this name; of "auto" native where it works, else, with a warning, reference. Raises as
+    `get_ops` does."""
+    if name != "auto":
+        get_ops(name, device)
+        return name
+    reason = native_unavailable_reason(device)
+    if reason is None:
+        return "native"
+    warnings.warn(f"tracing with the slower reference backend: {reason}", stacklevel=4)
+    return "reference"
+
+
+def native_unavailable_reason(device: torch.device = CPU) -> str | None:
+    """One sentence on why the `native` backend does not work on this device and how to get it; None if it
+    does."""
     if _C is None:
         return _load_error
     built, running = str(_C.build_info()["torch"]), str(torch.__version__)
@@ -84,6 +108,19 @@ def native_unavailable_reason() -> str | None:
         return (
             f"{_NOT_HERE} the extension was built against torch {built}, and this is torch {running}; "
             f"re{_HOW_TO_BUILD}."
+        )
+    return _load_cuda() if device.type == "cuda" else None
+
+
+def triton_unavailable_reason(device: torch.device = CPU) -> str | None:
+    """The same of the `triton` backend. Without a GPU its kernels run in Triton's interpreter alone, which is
+    for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "The `triton` backend does not work here: install it with `pip install triton`."
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "The `triton` backend needs a GPU; TRITON_INTERPRET=1, set before the program starts, runs its "
+            "kernels on the CPU, slowly."
         )
     return None
 
@@ -105,6 +142,22 @@ def _load() -> tuple[ModuleType | None, str]:
         )
 
 
+@functools.cache
+def _load_cuda() -> str | None:
+    """Load the CUDA kernels of the native ops; one sentence on why that cannot be done, None if it is."""
+    library = Path(__file__).with_name("_cuda.so")
+    if not library.is_file():
+        return (
+            f"{_NOT_HERE} on a GPU: the library blip_trace/_cuda.so is missing; with nvcc and a torch that "
+            f"has CUDA, {_HOW_TO_BUILD}."
+        )
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"{_NOT_HERE} on a GPU: blip_trace/_cuda.so does not load ({error}); re{_HOW_TO_BUILD}."
+    return None
+
+
 class _NativeOps:
     """The registered ops, each resolved once: a call is then a dictionary look-up and a dispatch."""
 
@@ -123,7 +176,17 @@ def _native_ops() -> _NativeOps:
     return _NativeOps()
 
 
+def _check_device(x: Tensor, *others: Tensor | None) -> None:
+    """What the bindings check too, for a fake has nothing else that fails where a tensor was left behind."""
+    for other in others:
+        torch._check(
+            other is None or other.device == x.device,
+            lambda: f"an op of blip_trace was given tensors on {x.device} and on another device",
+        )
+
+
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_device(x, weight, bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -139,6 +202,7 @@ def _fake_linear_add_norm(
     eps: float,
     return_sum: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_device(x, weight, bias, residual, residual_rows, update_rows, norm_weight, norm_bias)
     rows = residual.shape[0] if residual_rows is None else residual_rows.shape[0]
     normed = x.new_empty(rows, weight.shape[0])
     return normed, torch.empty_like(normed) if return_sum else x.new_empty(0)
@@ -147,6 +211,7 @@ def _fake_linear_add_norm(
 def _fake_self_attention(
     qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads: int, causal: bool
 ) -> Tensor:
+    _check_device(qkv, starts, prefixes)
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
 
 
@@ -159,10 +224,12 @@ def _fake_cross_attention(
     state_starts: Tensor,
     heads: int,
 ) -> Tensor:
+    _check_device(query, states, key_weight, value_weight, query_starts, state_starts)
     return query.new_empty(query.shape)
 
 
 def _fake_token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    _check_device(hidden, weight, bias, tokens)
     rows = hidden.shape[0]
     return (
         hidden.new_empty(rows, tokens.shape[1], dtype=torch.float64),

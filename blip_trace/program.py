@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 SublayerName = Literal["self_attn", "cross_attn", "mlp"]
@@ -170,6 +171,11 @@ class Program:
     def stacks(self) -> dict[str, Stack]:
         """The stacks by name, in the order of computation."""
         return {stack.name: stack for stack in (self.image, *self.texts)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.decoder.weight.device
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight of the program."""

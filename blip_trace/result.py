@@ -17,6 +17,9 @@ from .uncertainty import Comparison, bootstrap_interval, paired_test, standard_e
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+VANISHING = 0.01
+"""A total effect below this (1 % probability) is too small to divide by."""
+
 
 class MapView(NamedTuple):
     """One map of a trace, ready to be shown: float32 [rows, layers], the rows' labels, and where it was cut
@@ -120,11 +123,11 @@ class TraceResult:
 
     @property
     def total_effect_vanishes(self) -> bool:
-        """Whether the total effect is too small to divide by: below 0.01 (1 % probability), or, of several
-        samples, below two standard errors of the low score."""
+        """Whether the total effect is too small to divide by: below `VANISHING`, or, of several samples,
+        below two standard errors of the low score."""
         samples = len(self.low_scores)
         error = float(self.low_scores.std()) / samples**0.5 if samples > 1 else 0.0
-        return abs(self.total_effect) < max(0.01, 2 * error)
+        return abs(self.total_effect) < max(VANISHING, 2 * error)
 
     def indirect_effect(self, stack: str, kind: str) -> Tensor:
         """Restored minus low score (noising: high score minus what is left), mean over samples: float32

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .cache import Cache
@@ -108,6 +109,29 @@ class Plan:
 
 
 _plans = Cache[Plan](CACHED_BYTES, lambda made: made.nbytes)
+_elsewhere = Cache[tuple[Plan, Plan]](CACHED_BYTES, lambda both: both[1].nbytes)
+
+
+def located(plan: Plan, device: torch.device) -> Plan:
+    """A plan with its row numbers on a device, moved once. Those of the answers stay on the CPU."""
+    if device.type == "cpu":
+        return plan
+
+    def moved() -> tuple[Plan, Plan]:  # the plan itself is kept too, so that its id stays its own
+        return plan, replace(plan, stacks=tuple(_moved(stack, device) for stack in plan.stacks))
+
+    return _elsewhere.get((id(plan), device), moved)[1]
+
+
+def _moved(node: Any, device: torch.device) -> Any:
+    """A part of a plan with all its tensors on a device."""
+    if isinstance(node, Tensor):
+        return node.to(device)
+    if isinstance(node, tuple):
+        return tuple(_moved(child, device) for child in node)
+    if isinstance(node, StackPlan | Step | Knockout):
+        return replace(node, **{own.name: _moved(getattr(node, own.name), device) for own in fields(node)})
+    return node
 
 
 def plan(image: StackShape | None, texts: tuple[StackShape, ...], jobs: tuple[Job, ...], states: int) -> Plan:
@@ -160,9 +184,9 @@ def _planned(
 
 
 @lru_cache(maxsize=64)
-def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
-    """A plan in which nothing forks: `runs` runs of `tokens` tokens, as the image stack is run."""
-    return _plan_stack(
+def straight_plan(shape: StackShape, runs: int, tokens: int) -> Plan:
+    """A plan in which nothing forks: `runs` runs of `tokens` tokens, as the image stack is run alone."""
+    stack = _plan_stack(
         shape,
         lengths=np.full(runs, tokens),
         entry_of=np.arange(runs),
@@ -171,6 +195,7 @@ def straight_plan(shape: StackShape, runs: int, tokens: int) -> StackPlan:
         changes=(),
         base_of=np.arange(runs),
     )
+    return Plan((stack,), ())
 
 
 def _firsts(counts: Sequence[int]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,24 +16,26 @@ from torch import Tensor
 from . import __version__
 from .assemble import Assembler
 from .attribution import Screened
-from .corruption import Corruption, GaussianNoise, InputCorruption
+from .corruption import Corruption, check_corruption
 from .decoding import decode
-from .engine import Scores
+from .devices import parse_device
+from .graphs import Graphs
 from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
 from .measuring import Forecast, Measurer, Progress
 from .metrics import OWN, Reads, check_foil, check_metrics, reads_of
-from .ops import OpSet, get_ops, native_unavailable_reason
+from .ops import OpSet, choose_backend, get_ops
 from .prepare import Asked, Changed, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
 from .program import Program
 from .request import Grids, Options, Request, check_request
 from .result import Logits, Restored, TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
+from .task import Scores
 
-Backend = Literal["auto", "native", "reference", "hooks"]
+Backend = Literal["auto", "native", "triton", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
-BACKENDS = ("auto", "native", "reference", "hooks")
+BACKENDS = ("auto", "native", "triton", "reference", "hooks")
 UNCORRUPTED: Literal["none"] = "none"
 ASKED = Wanted(cells=(), direction="denoise", reads="logits", patches=False)
 
@@ -43,13 +44,14 @@ class Tracer:
     """Traces which states of a BLIP carry what it says: an answer (`BlipForQuestionAnswering`), a caption
     (`BlipForConditionalGeneration`), or that a text fits an image (`BlipForImageTextRetrieval`).
 
-    Weights are read once, when the tracer is made; dropout is off.
+    Weights are read once, when the tracer is made; dropout is off. It works on the device where the model is,
+    the CPU or a GPU; results are on the CPU.
 
-    backend: "native" (compiled), "reference" (the same engine in plain torch), "hooks" (one forward pass of
-    the unmodified model for every cell: slow, and what defines right), or "auto": native where it was built,
-    else, with a warning, reference. memory: bytes of activations that a pass may take, unless given 128 MiB,
-    or 512 MiB where the image stack is traced; larger traces are split and give the same numbers but for
-    rounding.
+    backend: "native" (compiled), "triton" (Triton kernels, for a GPU), "reference" (the same engine in plain
+    torch), "hooks" (one forward pass of the unmodified model for every cell: slow, and what defines right),
+    or "auto": native where it was built, else, with a warning, reference. memory: bytes of activations that a
+    pass may take; unless given 128 MiB, or 512 MiB where the image stack is traced, and on a GPU a quarter of
+    what is free, at most 4 GiB. Larger traces are split and give the same numbers but for rounding.
 
     Raises ValueError for an unknown backend, for weights that are not finite and for a model that cannot be
     expressed, TypeError for another model, and `BackendUnavailableError`
@@ -67,8 +69,8 @@ class Tracer:
         if not isinstance(model, MODELS):
             known = " and ".join(kind.__name__ for kind in MODELS)
             raise TypeError(f"only {known} can be traced, not {type(model).__name__}")
-        if model.device.type != "cpu":
-            raise ValueError(f"the model is on {model.device}: this version traces on the CPU")
+        if model.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"the model is on {model.device}: it must be on the CPU or on a GPU")
         if memory is not None and memory < 2**20:
             raise ValueError(f"memory must be at least {2**20} bytes, not {memory}")
         for name, weight in model.named_parameters():
@@ -77,7 +79,7 @@ class Tracer:
         self.model = model.eval()
         self.processor = processor
         self.memory = memory
-        self.backend = _choose_backend(backend)
+        self.backend = backend if backend == "hooks" else choose_backend(backend, self.device)
         self.inputs = Inputs(model.config, processor, self.program.task)
         self._preparer = Preparer(self.program, self.inputs)
         self._assembler = Assembler(self.program, self.inputs)
@@ -93,6 +95,7 @@ class Tracer:
     ) -> Tracer:
         """Load a BLIP and its processor: safetensors only, no remote code.
 
+        device: "cpu", "cuda" or one of several GPUs, as "cuda:1".
         dtype: "float32", or "bfloat16" (weights and matrix products in bfloat16; softmax, LayerNorm, sums and
         scores in float32).
 
@@ -100,11 +103,16 @@ class Tracer:
         another shape (named in the message), and for an unknown dtype or device; OSError where it cannot be
         read.
         """
-        if device != "cpu":
-            raise ValueError(f"unknown device {device!r}: this version traces on the CPU")
+        where = parse_device(device)
         check_names("backend", [backend], BACKENDS)
         model, processor = load_model(hub_id_or_folder, parse_dtype(dtype))
-        return cls(model, processor, backend, memory)
+        return cls(model.to(where), processor, backend, memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +128,12 @@ class Tracer:
     @cached_property
     def ops(self) -> OpSet:
         """The ops that the engine calls."""
-        return get_ops(self.backend)
+        return get_ops(self.backend, self.device)
+
+    @cached_property
+    def _graphs(self) -> Graphs | None:
+        # the reference backend reads row numbers on the CPU, which no graph can hold
+        return Graphs() if self.device.type == "cuda" and self.backend in ("native", "triton") else None
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -200,7 +213,7 @@ class Tracer:
         request = self.request(stacks, kinds, window, foils, **options)
         corruption = check_corruption(corruption)
         asked = self._ask_all(pairs, answers, foils)
-        prepared = [self.prepare(request, own, corruption) for own in asked]
+        prepared = self.prepare_all(request, asked, [corruption] * len(asked))
         if announce is not None and prepared:
             announce(self.forecast(prepared))
         return self.measure(request, prepared, progress)
@@ -239,9 +252,22 @@ class Tracer:
     def prepare(self, request: Request, asked: Asked, corruption: Corruption) -> Prepared:
         """Encode a question's image and corrupt it. Raises ValueError or TypeError, in one sentence, where
         that cannot be done."""
-        grids = request.grids(self._preparer.shapes(asked))
-        task, note = self._preparer.task(self._vision, asked, corruption, self._wanted(request, grids))
-        return Prepared(asked, grids, task, {"corruption": repr(corruption), "corrupted": note})
+        return self.prepare_all(request, [asked], [corruption])[0]
+
+    def prepare_all(
+        self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
+    ) -> list[Prepared]:
+        """The same of several questions, each with its corruption; a GPU encodes their images together."""
+        vision = self._vision
+        images = [None] * len(asked) if "vision" in request.stacks else self._preparer.encode(vision, asked)
+        prepared = []
+        for own, corruption, image in zip(asked, corruptions, images, strict=True):
+            grids = request.grids(self._preparer.shapes(own))
+            wanted = self._wanted(request, grids)
+            task, note = self._preparer.task(vision, own, corruption, wanted, image)
+            settings = {"corruption": repr(corruption), "corrupted": note}
+            prepared.append(Prepared(own, grids, task, settings))
+        return prepared
 
     def _wanted(self, request: Request, grids: Grids) -> Wanted:
         cells = tuple(cell for grid in grids.values() for cell in grid.cells)
@@ -285,7 +311,12 @@ class Tracer:
         """
 
         def score(questions: Sequence[Asked]) -> list[Scores]:
-            tasks = [self._preparer.task(self._vision, own, None, ASKED)[0] for own in questions]
+            vision = self._vision
+            images = self._preparer.encode(vision, questions)
+            tasks = [
+                self._preparer.task(vision, own, None, ASKED, image)[0]
+                for own, image in zip(questions, images, strict=True)
+            ]
             return self._measurer.score(tasks, None)
 
         return decode(self.inputs, score, asked, guesses or [None] * len(asked), max_tokens)
@@ -397,12 +428,12 @@ class Tracer:
     def _vision(self) -> Vision:
         if self.backend == "hooks":
             return HooksVision(self.model)
-        return EngineVision(self.program, self.ops, self.memory)
+        return EngineVision(self.program, self.ops, self.memory, self._graphs)
 
     @property
     def _measurer(self) -> Measurer:
         ops = None if self.backend == "hooks" else self.ops
-        return Measurer(self.model, self.program, ops, self.memory)
+        return Measurer(self.model, self.program, ops, self.memory, self._graphs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -412,28 +443,9 @@ class Tracer:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "backend": self.backend,
+            "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "image_processor": self.inputs.image_processor,
         }
-
-
-def check_corruption(corruption: Corruption | None) -> Corruption:
-    """A corruption; ten samples of noise unless given. Raises TypeError for anything else."""
-    corruption = GaussianNoise() if corruption is None else corruption
-    if not callable(corruption) and not isinstance(corruption, InputCorruption):
-        raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
-    return corruption
-
-
-def _choose_backend(backend: Backend) -> Literal["native", "reference", "hooks"]:
-    if backend != "auto":
-        if backend != "hooks":
-            get_ops(backend)  # raises where it is unavailable
-        return backend
-    reason = native_unavailable_reason()
-    if reason is None:
-        return "native"
-    warnings.warn(f"tracing with the slower reference backend: {reason}", stacklevel=3)
-    return "reference"

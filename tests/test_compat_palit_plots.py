@@ -17,6 +17,7 @@ from test_compat_palit import IMAGE, LAYERS, QUESTION, TOKENS, pair
 from blip_trace.compat import palit
 from blip_trace.compat.models import UnsupportedError
 from blip_trace.compat.palit import attention
+from blip_trace.result import VANISHING
 
 WORDS = ["[CLS]", *QUESTION.split(), "[SEP]"]
 VANISHES = "The total effect vanishes: this map shows nothing."
@@ -175,6 +176,14 @@ class TestVanishingEffects:
         for figure in shown:
             assert parts(figure)[0].get_title().endswith(f"\n{VANISHES}")
             assert values(figure).max() == pytest.approx(0.9)
+
+    @pytest.mark.parametrize(("share", "vanishes"), [(0.9, True), (1.1, False)])
+    def test_a_plain_result_by_the_threshold_of_a_trace(
+        self, shown: list[Figure], share: float, vanishes: bool
+    ) -> None:
+        high = 0.3 + share * VANISHING
+        palit.plot_trace_heatmap(made(high_score=torch.tensor([high, high])))
+        assert (VANISHES in parts(shown[0])[0].get_title()) is vanishes
 
     def test_samples_are_asked_where_there_are_some(self, shown: list[Figure]) -> None:
         """An effect below two standard errors, though above 0.01."""

@@ -18,7 +18,8 @@ from blip_trace.sites import HEAD_KINDS, KINDS, Site
 
 real = pytest.importorskip("transformer_lens.patching")
 
-from test_compat_transformer_lens import (  # noqa: E402
+from transformer_lens.model_protocol import TransformerLensModel  # noqa: E402
+from transformer_lens_helpers import (  # noqa: E402
     QUESTION,
     blip,
     decoder,
@@ -27,7 +28,6 @@ from test_compat_transformer_lens import (  # noqa: E402
     pictures,
     tracer,
 )
-from transformer_lens.model_protocol import TransformerLensModel  # noqa: E402
 
 from blip_trace.compat import transformer_lens as ours  # noqa: E402
 from blip_trace.compat.transformer_lens import HOOKS, HookedBlip  # noqa: E402

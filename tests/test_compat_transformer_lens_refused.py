@@ -16,7 +16,7 @@ from blip_trace.compat.models import UnsupportedError
 
 real = pytest.importorskip("transformer_lens.patching")
 
-from test_compat_transformer_lens import (  # noqa: E402
+from transformer_lens_helpers import (  # noqa: E402
     NOISE,
     OTHER,
     QUESTION,

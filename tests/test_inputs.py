@@ -204,8 +204,9 @@ def test_weights_that_are_not_finite(tiny_tracer: Tracer, value: float) -> None:
 
 def test_native_where_it_is_not_built(tiny_tracer: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error where it was asked for, a warning where it was not."""
-    monkeypatch.setattr("blip_trace.ops.native_unavailable_reason", lambda: "It is not built: make it.")
-    monkeypatch.setattr("blip_trace.tracer.native_unavailable_reason", lambda: "It is not built: make it.")
+    monkeypatch.setattr(
+        "blip_trace.ops.native_unavailable_reason", lambda device: "It is not built: make it."
+    )
     with pytest.raises(BackendUnavailableError, match="It is not built: make it"):
         Tracer(tiny_tracer.model, backend="native")
     with pytest.warns(UserWarning, match="slower reference backend: It is not built"):

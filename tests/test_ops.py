@@ -327,7 +327,7 @@ def test_extension_for_another_torch_is_explained(monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="'native' and 'reference'"):
+    with pytest.raises(ValueError, match="'native', 'triton' and 'reference'"):
         ops.get_ops("cuda")
 
 

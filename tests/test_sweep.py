@@ -2,7 +2,7 @@
 
 What their numbers are is in test_sweep_traces.py, what every executor does in test_sweep_executors.py, and
 what goes wrong on the way in test_sweep_stops.py, test_sweep_damage.py, test_sweep_disks.py and
-test_sweep_failures.py.
+test_sweep_failures_*.py.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def test_samples_of_an_image_stay_together(
     encoded: list[int] = []
     encode = engine.encode_image
 
-    def counting(program: Any, ops: Any, embedded: Any) -> Any:
+    def counting(program: Any, ops: Any, embedded: Any, *rest: Any) -> Any:
         encoded.append(len(embedded))
-        return encode(program, ops, embedded)
+        return encode(program, ops, embedded, *rest)
 
     monkeypatch.setattr(engine, "encode_image", counting)
     asked = [{"id": n, "image": f"{n % 6}.png", "question": "what color"} for n in range(30)]

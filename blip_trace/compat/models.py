@@ -20,6 +20,15 @@ class UnsupportedError(NotImplementedError):
         self.instead = instead
 
 
+def check_answers(model: Any) -> None:
+    """Raises UnsupportedError for a model that is no BLIP with a question encoder and an answer decoder."""
+    if not (hasattr(model, "text_encoder") and hasattr(model, "text_decoder")):
+        raise UnsupportedError(
+            f"a {type(model).__name__}",
+            "it takes a BlipForQuestionAnswering; captioning and matching ones are traced by Tracer.trace",
+        )
+
+
 class _Kept:
     """A model's tracer, kept by the model itself, with which it goes; copies of the model begin without."""
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..engine import DEFAULT_MEMORY
+from ..passes import budget
 from ..prepare import Asked, Prepared
 from ..request import Request
 from ..tracer import Image, Tracer
@@ -174,12 +174,9 @@ class ShardTracer:
             case.row = traced_row(self.layout, self.settings, self.tracer, case, result)
 
     def _prepared(self, cases: Sequence[Case], open_image: OpenImage) -> list[Prepared]:
-        made = []
-        for case in cases:
-            assert case.asked is not None
-            corruption = self.settings.corruption_of(case.sample, open_image)
-            made.append(self.tracer.prepare(self._request, case.asked, corruption))
-        return made
+        asked = [case.asked for case in cases if case.asked is not None]
+        corruptions = [self.settings.corruption_of(case.sample, open_image) for case in cases]
+        return self.tracer.prepare_all(self._request, asked, corruptions)
 
     def _answered(self, cases: Sequence[Case]) -> list[Case]:
         """Ask the model itself; returns the cases that are to be traced."""
@@ -234,7 +231,7 @@ class ShardTracer:
 
     def _spare(self, items: int) -> bool:
         """Take less memory from now on; whether that is possible."""
-        memory = self.tracer.memory or DEFAULT_MEMORY
+        memory = budget(self.tracer.device, self.tracer.memory, patches=False)
         if items > 1:
             self._limit = items // 2
             self.notes.append(f"out of memory: at most {self._limit} questions at once from here on")

@@ -153,20 +153,11 @@ Tensor cross_attention(const Tensor& query, const Tensor& states, const Tensor& 
                        const Tensor& state_starts, std::int64_t heads) {
   constexpr const char* op = "cross_attention";
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix(op, "query", query);
-  check_matrix(op, "states", states);
+  const std::int64_t parts = check_cross_attention(query, states, key_weight, value_weight,
+                                                   query_starts, state_starts, heads);
+  check_starts(op, "query_starts", query_starts, query.size(0));
+  check_starts(op, "state_starts", state_starts, states.size(0));
   const std::int64_t channels = query.size(1), width = states.size(1);
-  check_like(op, "states", states, query, states.sizes());
-  check_like(op, "key_weight", key_weight, query, {channels, width});
-  check_like(op, "value_weight", value_weight, query, {channels, width});
-  TORCH_CHECK_VALUE(heads > 0 && channels % heads == 0,
-                    "blip_trace::cross_attention: a query of width ", channels,
-                    " does not divide into ", heads, " heads.");
-  const std::int64_t parts = check_starts(op, "query_starts", query_starts, query.size(0));
-  TORCH_CHECK_VALUE(check_starts(op, "state_starts", state_starts, states.size(0)) == parts,
-                    "blip_trace::cross_attention: query_starts marks ", parts,
-                    " groups and state_starts ", state_starts.numel() - 1,
-                    "; there must be as many of each.");
 
   const auto* q = const_data<std::int32_t>(query_starts);
   const auto* s = const_data<std::int32_t>(state_starts);

@@ -6,9 +6,7 @@ namespace {
 
 Tensor checked_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix("linear", "x", x);
-  check_like("linear", "weight", weight, x, {weight.size(0), x.size(1)});
-  if (bias) check_like("linear", "bias", *bias, x, {weight.size(0)});
+  check_layer("linear", "x", x, weight, bias);
   return linear(x.contiguous(), weight.contiguous(), contiguous(bias));
 }
 

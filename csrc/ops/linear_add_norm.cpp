@@ -15,21 +15,11 @@ std::tuple<Tensor, Tensor> linear_add_norm(const Tensor& x_in, const Tensor& wei
                                            double eps, bool return_sum) {
   constexpr const char* op = "linear_add_norm";
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix(op, "x", x_in);
-  check_matrix(op, "residual", residual_in);
-  const std::int64_t cols = weight_in.size(0);
-  check_like(op, "weight", weight_in, x_in, {cols, x_in.size(1)});
-  if (bias_in) check_like(op, "bias", *bias_in, x_in, {cols});
-  check_like(op, "residual", residual_in, x_in, {residual_in.size(0), cols});
-  check_like(op, "norm_weight", norm_weight_in, x_in, {cols});
-  check_like(op, "norm_bias", norm_bias_in, x_in, {cols});
+  const std::int64_t rows = check_add_norm(x_in, weight_in, bias_in, residual_in, residual_rows,
+                                           update_rows, norm_weight_in, norm_bias_in);
   if (residual_rows) check_rows(op, "residual_rows", *residual_rows, residual_in.size(0));
   if (update_rows) check_rows(op, "update_rows", *update_rows, x_in.size(0));
-  const std::int64_t rows = residual_rows ? residual_rows->numel() : residual_in.size(0);
-  const std::int64_t updates = update_rows ? update_rows->numel() : x_in.size(0);
-  TORCH_CHECK_VALUE(rows == updates, "blip_trace::linear_add_norm: ", rows,
-                    " rows of the residual stream meet ", updates,
-                    " updates; there must be as many of each.");
+  const std::int64_t cols = weight_in.size(0);
 
   const Tensor x = x_in.contiguous(), residual = residual_in.contiguous();
   const Tensor norm_weight = norm_weight_in.contiguous(), norm_bias = norm_bias_in.contiguous();

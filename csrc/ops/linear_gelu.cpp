@@ -6,9 +6,7 @@ namespace {
 
 Tensor linear_gelu(const Tensor& x_in, const Tensor& weight_in, const Tensor& bias_in) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix("linear_gelu", "x", x_in);
-  check_like("linear_gelu", "weight", weight_in, x_in, {weight_in.size(0), x_in.size(1)});
-  check_like("linear_gelu", "bias", bias_in, x_in, {weight_in.size(0)});
+  check_layer("linear_gelu", "x", x_in, weight_in, bias_in);
   const Tensor x = x_in.contiguous(), weight = weight_in.contiguous();
   OptionalTensor bias = bias_in.contiguous();
   if (way_of(x) != Way::torch) {

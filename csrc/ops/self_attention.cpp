@@ -13,10 +13,6 @@ namespace blip_trace::ops {
 namespace {
 
 void check_prefixes(const Tensor& prefixes, std::int64_t runs, std::int64_t rows) {
-  TORCH_CHECK_VALUE(prefixes.scalar_type() == at::kInt && prefixes.is_contiguous() &&
-                        prefixes.dim() == 2 && prefixes.size(0) == runs && prefixes.size(1) == 2,
-                    "blip_trace::self_attention: prefixes must be contiguous int32 [", runs,
-                    ", 2], but it is ", prefixes.scalar_type(), " ", prefixes.sizes(), ".");
   const auto* values = const_data<std::int32_t>(prefixes);
   for (std::int64_t run = 0; run < runs; ++run) {
     const std::int64_t first = values[2 * run], count = values[2 * run + 1];
@@ -29,11 +25,8 @@ void check_prefixes(const Tensor& prefixes, std::int64_t runs, std::int64_t rows
 Tensor self_attention(const Tensor& qkv_in, const Tensor& starts,
                       const OptionalTensor& prefixes, std::int64_t heads, bool causal) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix("self_attention", "qkv", qkv_in);
-  TORCH_CHECK_VALUE(heads > 0 && qkv_in.size(1) % (3 * heads) == 0,
-                    "blip_trace::self_attention: qkv of width ", qkv_in.size(1),
-                    " does not hold queries, keys and values of ", heads, " heads.");
-  const std::int64_t runs = check_starts("self_attention", "starts", starts, qkv_in.size(0));
+  const std::int64_t runs = check_self_attention(qkv_in, starts, prefixes, heads);
+  check_starts("self_attention", "starts", starts, qkv_in.size(0));
   if (prefixes) check_prefixes(*prefixes, runs, qkv_in.size(0));
   const Tensor qkv = qkv_in.contiguous();
   const std::int64_t channels = qkv.size(1) / 3, size = channels / heads, stride = 3 * channels;

@@ -18,11 +18,7 @@ float value_of(bf16 x) {
 
 constexpr std::int64_t block_bytes = 4 << 20;
 
-void check_tokens(const Tensor& tokens, std::int64_t rows, std::int64_t vocabulary) {
-  TORCH_CHECK_VALUE(
-      tokens.scalar_type() == at::kLong && tokens.dim() == 2 && tokens.size(0) == rows,
-      "blip_trace::token_logits: tokens must be int64 [", rows, ", K], but it is ",
-      tokens.scalar_type(), " ", tokens.sizes(), ".");
+void check_tokens(const Tensor& tokens, std::int64_t vocabulary) {
   const auto* values = const_data<std::int64_t>(tokens);
   for (std::int64_t i = 0; i < tokens.numel(); ++i) {
     TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < vocabulary, "blip_trace::token_logits: token ",
@@ -33,12 +29,11 @@ void check_tokens(const Tensor& tokens, std::int64_t rows, std::int64_t vocabula
 std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden_in, const Tensor& weight_in,
                                         const Tensor& bias_in, const Tensor& tokens_in) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_matrix("token_logits", "hidden", hidden_in);
+  check_layer("token_logits", "hidden", hidden_in, weight_in, bias_in);
   const std::int64_t rows = hidden_in.size(0), vocabulary = weight_in.size(0);
-  check_like("token_logits", "weight", weight_in, hidden_in, {vocabulary, hidden_in.size(1)});
-  check_like("token_logits", "bias", bias_in, hidden_in, {vocabulary});
+  check_token_sizes(tokens_in, rows, hidden_in);
   const Tensor tokens = tokens_in.contiguous();
-  check_tokens(tokens, rows, vocabulary);
+  check_tokens(tokens, vocabulary);
   const Tensor hidden = hidden_in.contiguous(), weight = weight_in.contiguous(),
                bias = bias_in.contiguous();
   const std::int64_t chosen = tokens.size(1);

@@ -14,8 +14,7 @@ from ...corruption import Corruption, ImageSwap, Together, TokenSwap
 from ...sites import Cell
 from ...tracer import Tracer
 from ..layers import STACKS, layer_name, site
-from ..models import NOWHERE, UnsupportedError, tracer_of
-from ..rome.inputs import check_answers
+from ..models import NOWHERE, UnsupportedError, check_answers, tracer_of
 
 MODULES = {
     "attention_block": "attention.self",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ...plotting import DPI, check_format, printable, save_figure
+from ...result import VANISHING
 from ...sites import check_names
 from .flow import HiddenFlow
 from .layers import BLOCKS
@@ -42,8 +43,6 @@ KIND_PARTS = {
 """The attention notebook keeps averages of the encoder's two kinds under the main notebook's keys."""
 WINDOW_LABEL = "middle one of the restored layers"
 NO_EFFECT = "The total effect vanishes: this map shows nothing."
-VANISHES = 0.01
-"""A total effect below this is too small to divide by, as in `TraceResult.total_effect_vanishes`."""
 
 Values = npt.NDArray[np.float64]
 
@@ -315,7 +314,7 @@ def _high(result: Mapping[str, Any]) -> float:
 def _vanishes(result: Mapping[str, Any]) -> bool:
     if isinstance(result, HiddenFlow) and result.trace is not None:
         return result.trace.total_effect_vanishes
-    return abs(_high(result) - float(_get(result, "low_score"))) < VANISHES
+    return abs(_high(result) - float(_get(result, "low_score"))) < VANISHING
 
 
 def _kind(kind: object) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...images import open_image
 from ...lowering.load import load_model, parse_dtype
 from ..layers import layer_name
-from ..models import UnsupportedError
+from ..models import UnsupportedError, check_answers
 
 Image = str | Path | PIL.Image.Image | Tensor
 QUESTION_WORDS = ("Who", "What", "Where", "When", "Which", "Why")
@@ -63,15 +63,6 @@ class ModelAndTokenizer:
         return (
             f"ModelAndTokenizer({type(self.model).__name__} of {self.num_layers} layers, "
             f"{type(self.tokenizer).__name__})"
-        )
-
-
-def check_answers(model: Any) -> None:
-    """Raises UnsupportedError for a model that is no BLIP with a question encoder and an answer decoder."""
-    if not (hasattr(model, "text_encoder") and hasattr(model, "text_decoder")):
-        raise UnsupportedError(
-            f"a {type(model).__name__}",
-            "it takes a BlipForQuestionAnswering; captioning and matching ones are traced by Tracer.trace",
         )
 
 

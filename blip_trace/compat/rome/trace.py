@@ -11,12 +11,11 @@ from torch import Tensor
 from ...result import Restored
 from ...sites import Cell, check_count, window_layers
 from ..layers import layer_name, site
-from ..models import NOWHERE, UnsupportedError, tracer_of
+from ..models import NOWHERE, UnsupportedError, check_answers, tracer_of
 from .inputs import (
     Batch,
     Image,
     ModelAndTokenizer,
-    check_answers,
     check_inputs,
     decode_tokens,
     find_token_range,

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ... import hooks
 from ...tracer import Tracer
 from .hooks import Place, layer_and_place, layers_of
-from .rows import Row, stacked, word_table
+from .rows import Row, stacked
 
 Edit = Callable[[Tensor], Tensor | None]
 """Takes an activation, which it may change, and returns what is to stand in its place; None: that."""
@@ -25,7 +25,7 @@ def forward(tracer: Tracer, rows: Sequence[Row], answer: Tensor) -> Tensor:
     question at each of its; of a matching model [B, 1, 2]."""
     model: Any = tracer.model
     ids = torch.stack([row.ids for row in rows])
-    images, words = stacked(rows, word_table(model))
+    images, words = stacked(rows, hooks.word_table(model))
     # a copy, for transformers adds the positions to it in place
     edits = {model.get_input_embeddings(): lambda _: words.clone()} if _corrupted(rows) else {}
     logits: Tensor

@@ -13,9 +13,9 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ...corruption import Corruption
+from ...corruption import Corruption, check_corruption
 from ...sites import check_names
-from ...tracer import Image, Tracer, check_corruption
+from ...tracer import Image, Tracer
 from ..models import UnsupportedError, tracer_of
 from .forward import Edit, forward, hooked
 from .hooks import HOOKS, layer_and_place

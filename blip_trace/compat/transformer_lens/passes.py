@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import hooks
 from ...corruption import Corrupted, Original
 from ...result import Logits
 from ...sites import Cell, Site
 from ...tracer import Tracer
 from ..models import UnsupportedError
 from .hooks import Patch, Words
-from .rows import Row, stacked, word_table
+from .rows import Row, stacked
 
 BY_HAND = "transformer_lens.patching computes it on the same model objects, a forward pass for each index"
 
@@ -68,7 +69,7 @@ class Passes:
         if len(donors) not in (1, len(bases)):
             raise ValueError(f"the cache holds {len(donors)} rows, the corrupted tokens are {len(bases)}")
         self._tracer, self._stack, self._answer = tracer, stack, answer
-        self._table = word_table(tracer.model)
+        self._table = hooks.word_table(tracer.model)
         donors = [donors[0]] * len(bases) if len(donors) == 1 else donors
         self._direction = "denoise"
         if any(row.corrupted for row in donors):

@@ -41,12 +41,6 @@ class Row:
         return table[self.ids] if self.words is None else self.words
 
 
-def word_table(model: Any) -> Tensor:
-    """Word embeddings [V, C] of the first text stack."""
-    table: Tensor = model.get_input_embeddings().weight
-    return table.detach()
-
-
 class Pictures:
     """The pictures of a batch, pixels [1, 3, H, W] each, encoded once. Raises ValueError and OSError as
     `Tracer.trace` does, and ValueError where there are none."""
@@ -133,7 +127,7 @@ def _sample(samples: Tensor | None, row: int, rows: int) -> Tensor | None:
 
 
 def _original(tracer: Tracer, pixels: Tensor, ids: Tensor, states: Tensor) -> Original:
-    table, inputs = word_table(tracer.model), tracer.inputs
+    table, inputs = hooks.word_table(tracer.model), tracer.inputs
     return Original(
         pixels=pixels,
         states=lambda: states,

@@ -1,0 +1,46 @@
+"""Where tensors are: devices by name, and numbers that come back from one while it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def parse_device(name: str) -> torch.device:
+    """A device on which models can be traced: "cpu", "cuda", "cuda:1".
+
+    Raises ValueError, in one sentence, for any other and for one that this machine does not have.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: choose cpu or cuda")
+    if device.type == "cuda":
+        found = torch.cuda.device_count()
+        if not found:
+            why = "finds no GPU" if torch.version.cuda else "is a build without CUDA"
+            raise ValueError(f"there is no device {name!r}: this torch ({torch.__version__}) {why}")
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        if device.index >= found:
+            raise ValueError(f"there is no device {name!r}: this machine has {found}, counted from 0")
+    return device
+
+
+def fetch(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring a tensor to the CPU; what is returned waits for it. What is put on the device's stream
+    later is not waited for."""
+    if values.device.type != "cuda":
+        return lambda: values
+    host = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return host
+
+    return wait
