@@ -20,10 +20,10 @@ PY := "$(VENV)/bin/python"
 stamps := build/stamps/$(shell printf %s "$(abspath $(VENV))" | cksum | cut -d' ' -f1)
 native := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help env build demo test test-faults lint bench bench-quick clean
+.PHONY: help env build demo test test-faults lint bench bench-quick gpu gpu-sanitize clean
 
 help:
-	@echo 'make demo | test | test-faults | lint | bench | bench-quick | clean    [PYTHON=python3] [VENV=.venv]'
+	@echo 'make demo | test | test-faults | lint | bench | bench-quick | gpu | gpu-sanitize | clean    [PYTHON=python3] [VENV=.venv]'
 
 $(stamps)/env: requirements.txt requirements-tools.txt
 	@mkdir -p $(@D)
@@ -63,6 +63,20 @@ bench: build
 
 bench-quick: build
 	$(PY) -m pytest benchmarks -q -s --benchmark-only --quick
+
+# On a machine with a GPU: its tests, none of them skipped, and then its figures, which go to
+# benchmarks/results. Nothing is downloaded; `make gpu PYTHON=python3` takes the environment of that python.
+gpu: export FAIL_WITHOUT_CUDA := 1
+gpu: build
+	$(PY) -m pytest -q tests/test_gpu_ops.py tests/test_gpu_parity.py tests/test_gpu.py tests/test_triton_ops.py
+	$(PY) -m pytest -q -s benchmarks/bench_gpu.py benchmarks/bench_gpu_ops.py
+
+# Slow: every access to memory watched, and every pair of accesses to shared memory.
+gpu-sanitize: build
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -q tests/test_gpu_ops.py -k "CUDA and near_to_float64 and not emulated" || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info blip_trace/_C.*.so

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_report import write_report
 
 FLOORS = Path(__file__).with_name("floors.json")
 ROWS: list[tuple[str, float, float | None]] = []
@@ -29,6 +31,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(min(2, before))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """These benchmarks need one; with FAIL_WITHOUT_CUDA=1 its absence is an error."""
+    if not torch.cuda.is_available():
+        without = "there is no GPU"
+        pytest.fail(without) if os.environ.get("FAIL_WITHOUT_CUDA") == "1" else pytest.skip(without)
 
 
 Gate = Callable[[dict[str, float]], None]
@@ -53,6 +63,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not ROWS:
         return
     write = terminalreporter.write_line
+    if written := write_report(ROWS):
+        write(f"written: {written.relative_to(Path.cwd())} and the same as a table")
     terminalreporter.section("times of the others over the engine's")
     write(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {_capability()}")
     write(f"{'':58}{'measured':>10}{'floor':>10}")

@@ -63,9 +63,9 @@ class Subject:
         text, side = model.config.text_config, model.config.vision_config.image_size
         self.model = model
         self.samples = samples
-        self.ops = get_ops("native")
+        self.ops = get_ops("native", model.device)
         self.program = lower(model)
-        self.pixels = torch.randn(1, 3, side, side, generator=generator).to(model.dtype)
+        self.pixels = torch.randn(1, 3, side, side, generator=generator).to(model.device, model.dtype)
         self.ids = torch.randint(5, text.vocab_size, (TOKENS,), generator=generator)
         self.cells: tuple[Cell, ...] = tuple(cells) or (
             *grid(model, "text_encoder", "hidden", range(TOKENS)),

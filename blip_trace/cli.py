@@ -103,6 +103,7 @@ def run(
     steps: options.Steps = None,
     check: options.Check = None,
     backend: options.Backend = "auto",
+    device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     threads: options.Threads = None,
     memory: options.Memory = None,
@@ -150,6 +151,7 @@ def run(
                 torch.set_num_threads(threads)
             tracer = Tracer.from_pretrained(
                 shipped_model(model) if model in SHIPPED else model,
+                device=device,
                 dtype=dtype,
                 backend=backend,  # type: ignore[arg-type]
                 memory=None if memory is None else memory * 2**20,

@@ -310,12 +310,17 @@ Check = Annotated[
     ),
 ]
 
-Backend = Annotated[str, _option("auto, native, reference, or hooks (slow; defines what is right).", ENGINE)]
+Backend = Annotated[
+    str, _option("auto, native, triton (GPU), reference, or hooks (slow; defines what is right).", ENGINE)
+]
+Device = Annotated[str, _option("cpu, cuda, or one of several GPUs, as cuda:1.", ENGINE)]
 Dtype = Annotated[str, _option("float32 or bfloat16.", ENGINE)]
 Threads = Annotated[int | None, _option("CPU threads.", ENGINE, "as torch chooses", min=1)]
 Memory = Annotated[
     int | None,
-    _option("MiB that the states of one pass may take.", ENGINE, "128, or 512 with vision", min=1),
+    _option(
+        "MiB that the states of one pass may take.", ENGINE, "128, or 512 with vision; GPU: a quarter", min=1
+    ),
 ]
 
 Limit = Annotated[

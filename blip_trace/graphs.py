@@ -68,10 +68,15 @@ class Graphs:
         self._pool = None
 
     def _record(self, function: Function, inputs: tuple[Tensor, ...]) -> _Recorded:
+        kept = tuple(given.clone() for given in inputs)
+        graph, output = self._capture(function, kept)
+        return _Recorded(graph, kept, output, function)
+
+    def _capture(self, function: Function, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+        """A graph of the function on these tensors, and where it puts its output."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        kept = tuple(given.clone() for given in inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = function(*kept)
-        return _Recorded(graph, kept, output, function)
+            output = function(*inputs)
+        return graph, output

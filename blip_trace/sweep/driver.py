@@ -173,6 +173,7 @@ def _job(store: Store, plan: Plan, order: Order | None, memory: int | None, thre
         absolute=places["absolute"],
         memory=memory,
         threads=threads,
+        device=plan.identity["device"],
     )
 
 

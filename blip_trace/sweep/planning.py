@@ -57,6 +57,7 @@ class Order:
     settings: Settings = field(default_factory=Settings)
     dtype: str = "float32"
     backend: str = "auto"
+    device: str = "cpu"
     limit: int | None = None
     shard_size: int | None = None
     on_error: str = "skip"
@@ -72,7 +73,7 @@ class Order:
         if threads is not None:
             torch.set_num_threads(threads)
         folder = model_folder(self.model)
-        return Tracer.from_pretrained(folder, "cpu", self.dtype, self.backend, memory)  # type: ignore[arg-type]
+        return Tracer.from_pretrained(folder, self.device, self.dtype, self.backend, memory)  # type: ignore[arg-type]
 
     def identity(self, tracer: Tracer) -> dict[str, Any]:
         """Everything that the numbers depend on; what is in the data is added when they have been read."""
@@ -84,6 +85,7 @@ class Order:
             "files": [file_sha256(Path(name)) for name in self.settings.files],
             "dtype": self.dtype,
             "backend": tracer.backend,
+            "device": tracer.device.type,
         }
 
     def places(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+
 from ..tracer import Tracer
 from .executors import Events
 from .pictures import reading
@@ -52,10 +54,11 @@ class Assignment:
 
 @dataclass
 class Member:
-    """A process, what it does, and what it computes right now."""
+    """A process, its place among all, what it does, and what it computes right now."""
 
     process: BaseProcess
     connection: Connection
+    place: int
     ready: bool = False
     assignment: Assignment | None = None
     computing: tuple[str, ...] = ()
@@ -63,7 +66,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Processes:
-    """`workers` processes, each with its own copy of the model and its share of the threads."""
+    """`workers` processes, each with its own copy of the model and its share of the threads; where the run is
+    planned for GPUs they take turns with those that there are."""
 
     workers: int
 
@@ -90,8 +94,8 @@ class Crew:
 
     def work(self, members: int) -> None:
         """Until nothing is left."""
-        for _ in range(members):
-            self._hire()
+        for place in range(members):
+            self._hire(place)
         while self._waiting or any(member.assignment for member in self._members):
             if self._events.stop():
                 raise Stopped
@@ -112,13 +116,16 @@ class Crew:
             member.process.join()
             member.connection.close()
 
-    def _hire(self) -> None:
+    def _hire(self, place: int) -> None:
+        job, gpus = self._job, torch.cuda.device_count()
+        if job.device == "cuda" and gpus:
+            job = replace(job, device=f"cuda:{place % gpus}")
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self._job, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(job, theirs), daemon=True)
         process.start()
         theirs.close()
-        self._members.append(Member(process, ours))
+        self._members.append(Member(process, ours, place))
 
     def _hear(self, member: Member, message: tuple[str, Any]) -> None:
         match message:
@@ -169,7 +176,7 @@ class Crew:
             self._waiting.appendleft(own)
             self._events.note(f"a process ended (exit code {code}) during shard {own.number}: done again")
         if self._waiting:
-            self._hire()
+            self._hire(member.place)
 
 
 def _serve(job: Job, connection: Connection) -> None:

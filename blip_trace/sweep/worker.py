@@ -26,7 +26,8 @@ Told = Callable[[Sequence[str], int], None]
 @dataclass(frozen=True)
 class Job:
     """Where a run is (see `open_store`), its model, its images (see `Media`), and what it may use. memory:
-    bytes of activations in one pass; threads of each process; None: as torch and the tracer choose."""
+    bytes of activations in one pass; threads of each process; None: as torch and the tracer choose. device:
+    where the model goes."""
 
     root: str
     model: str
@@ -34,6 +35,7 @@ class Job:
     absolute: bool = False
     memory: int | None = None
     threads: int | None = None
+    device: str = "cpu"
 
 
 class Worker:
@@ -54,7 +56,7 @@ class Worker:
         identity = self._plan.identity
         if tracer is None:
             tracer = Tracer.from_pretrained(
-                job.model, dtype=identity["dtype"], backend=identity["backend"], memory=job.memory
+                job.model, job.device, identity["dtype"], identity["backend"], job.memory
             )
         media = Media(None if job.images is None else Path(job.images), job.absolute)
         self._tracing = ShardTracer(tracer, self._plan.settings, self._plan.layout, media, pool, told, stop)

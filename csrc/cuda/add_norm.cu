@@ -66,8 +66,8 @@ __device__ __forceinline__ void normalize(const Packed<T, count>& weight,
   add<T>(bias, x);
 }
 
-// `values` elements of a row, a multiple of a load's, for each thread of a team. All that is read is
-// asked for before the first of it is used.
+// `values` elements of a row, a multiple of a load's, for each thread of a team. All that is read
+// is asked for before the first of it is used.
 template <class T, int values, int warps>
 __global__ void __launch_bounds__(block) add_norm_in_registers(const AddNorm a) {
   constexpr int count = per_load<T>, loads = values / count, team = warps * warp_size;
@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(block) add_norm_of_any_width(const AddNorm a) 
     from.load_total(column, total);
     if (a.sum != nullptr) store(static_cast<T*>(a.sum) + row * a.cols + column, total);
     normalize<T>(load_packed<count>(static_cast<const T*>(a.norm_weight) + column),
-                 load_packed<count>(static_cast<const T*>(a.norm_bias) + column), mean, scale, total);
+                 load_packed<count>(static_cast<const T*>(a.norm_bias) + column), mean, scale,
+                 total);
     store(static_cast<T*>(a.normed) + row * a.cols + column, total);
   }
 }

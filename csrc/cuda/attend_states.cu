@@ -1,14 +1,15 @@
-// attend_states: a warp takes four heads of a row, so that a state that it has loaded and widened
-// serves four. Groups have few states (the tokens of a question) but wide ones: a lane holds some
-// columns of four queries, and of eight states it adds up its part of the 32 scores. The states are
-// read again for the weighted sum and by the warps beside, which take the row's other heads or rows
-// of the same group: from the first-level cache.
+// attend_states, where attend_states_bf16.cuh does not take it: a warp takes four heads of a row,
+// so that a state that it has loaded and widened serves four. Groups have few states (the tokens of
+// a question) but wide ones: a lane holds some columns of four queries, and of eight states it adds
+// up its part of the 32 scores. The states are read again for the weighted sum and by the warps
+// beside, which take the row's other heads or rows of the same group: from the first-level cache.
 #include <tensor_cores.cuh>
 
 #include "attend_states_bf16.cuh"
 #include "device.cuh"
 
 namespace blip_trace::cuda {
+namespace states {
 namespace {
 
 constexpr int heads_at_once = 4, states_at_once = 8;  // their product is a warp's lanes
@@ -43,19 +44,6 @@ __device__ __forceinline__ float all_of_head(float x, Combine combine) {
   return x;
 }
 
-// What a warp works on: some heads of a row, and their group's states.
-template <class T>
-struct Work {
-  const T *query, *states;
-  T* out;
-  int64_t head_stride, width;
-  int heads, count;  // of states
-  float factor;      // from scores to powers of two
-
-  // Of the last head again where there is none.
-  __device__ __forceinline__ int64_t head(int h) const { return min(h, heads - 1) * head_stride; }
-};
-
 // Of lane i: the score of head i % 4 and state i / 4 of eight from `first` on.
 template <int count, class T>
 __device__ __forceinline__ float score(const Work<T>& work, int first) {
@@ -65,7 +53,8 @@ __device__ __forceinline__ float score(const Work<T>& work, int first) {
   for (int64_t column = lane * count; column < work.width; column += warp_size * count) {
     float query[heads_at_once][count];
 #pragma unroll
-    for (int h = 0; h < heads_at_once; ++h) load(work.query + work.head(h) + column, query[h]);
+    for (int h = 0; h < heads_at_once; ++h)  // the last head again where there is none
+      load(work.query + min(h, work.heads - 1) * work.head_stride + column, query[h]);
 #pragma unroll
     for (int j = 0; j < states_at_once; ++j) {
       if (j < present) {
@@ -82,8 +71,8 @@ __device__ __forceinline__ float score(const Work<T>& work, int first) {
   return sum_of_lane(dot) * work.factor;
 }
 
-// Makes weights [states, heads_at_once] of the scores; returns the sum of those of a lane's head. In
-// between, a lane reads only what it has written itself, all of it of one head.
+// Makes weights [states, heads_at_once] of the scores; returns the sum of those of a lane's head.
+// In between, a lane reads only what it has written itself, all of it of one head.
 template <int count, class T>
 __device__ __forceinline__ float weigh(const Work<T>& work, float* weights) {
   const int lane = threadIdx.x % warp_size;
@@ -135,40 +124,6 @@ __device__ __forceinline__ void attend(const Work<T>& work, float* weights) {
   }
 }
 
-// More states than there is room for weights: a head and a state at a time, all scores again for
-// each part of the columns. Right, not fast.
-template <int count, class T>
-__device__ __forceinline__ void attend_without_room(const Work<T>& work, int h) {
-  const int64_t step = warp_size * count, first = threadIdx.x % warp_size * count;
-  const T* query = work.query + h * work.head_stride;
-  for (int64_t part = 0; part < work.width; part += step) {
-    const int64_t mine = part + first;
-    float maximum = -INFINITY, sum = 0.0f, sums[count] = {};
-    const T* states = work.states;
-    for (int j = 0; j < work.count; ++j, states += work.width) {
-      float dot = 0.0f, a[count], state[count] = {};
-      for (int64_t column = first; column < work.width; column += step) {
-        load(query + column, a);
-        load(states + column, state);
-#pragma unroll
-        for (int i = 0; i < count; ++i) dot += a[i] * state[i];
-      }
-      const float score = warp_sum(dot) * work.factor, next = fmaxf(maximum, score);
-      // Nothing but -inf so far: the difference to the maximum would be NaN.
-      const float rescale = next == maximum ? 1.0f : ptx::exp2_of(maximum - next);
-      const float weight = ptx::exp2_of(score - (next == -INFINITY ? 0.0f : next));
-      maximum = next;
-      sum = sum * rescale + weight;
-      if (mine < work.width) load(states + mine, state);
-#pragma unroll
-      for (int i = 0; i < count; ++i) sums[i] = sums[i] * rescale + weight * state[i];
-    }
-#pragma unroll
-    for (int i = 0; i < count; ++i) sums[i] /= sum;
-    if (mine < work.width) store(work.out + h * work.head_stride + mine, sums);
-  }
-}
-
 // A job for each warp: `parts` of them make a row. There is room for the weights of `room` states.
 template <class T, int count>
 __global__ void __launch_bounds__(most_warps* warp_size)
@@ -178,17 +133,7 @@ __global__ void __launch_bounds__(most_warps* warp_size)
   const int64_t row = job / parts;
   if (row >= a.rows) return;
   const int head = static_cast<int>(job % parts) * heads_at_once;
-  const int64_t group = group_of(a.query_starts, a.groups, row);
-  const int32_t first_state = a.state_starts[group];
-  const int64_t head_stride = a.rows * a.width, at = head * head_stride + row * a.width;
-  const Work<T> work{static_cast<const T*>(a.query) + at,
-                     static_cast<const T*>(a.states) + first_state * a.width,
-                     static_cast<T*>(a.out) + at,
-                     head_stride,
-                     a.width,
-                     min(heads_at_once, a.heads - head),
-                     a.state_starts[group + 1] - first_state,
-                     a.scale * log2_of_e};
+  const Work<T> work(a, row, head, heads_at_once);
   if (work.count <= room) {
     attend<count>(work, reinterpret_cast<float*>(shared_memory) + warp * room * heads_at_once);
   } else {
@@ -196,8 +141,9 @@ __global__ void __launch_bounds__(most_warps* warp_size)
   }
 }
 
-// A block takes whole rows where it can: its warps share the states. Where there are few jobs, there
-// is room for the states of an image; else rather for more warps and a larger first-level cache.
+// A block takes whole rows where it can: its warps share the states. Where there are few jobs,
+// there is room for the states of an image; else rather for more warps and a larger first-level
+// cache.
 template <class T, int count>
 const char* run(const AttendStates& a, Stream stream) {
   const auto parts = static_cast<unsigned>(ceil_div(a.heads, heads_at_once));
@@ -209,15 +155,16 @@ const char* run(const AttendStates& a, Stream stream) {
 }
 
 }  // namespace
+}  // namespace states
 
 const char* attend_states(const AttendStates& a, Stream stream) {
   if (a.rows == 0 || a.groups == 0 || a.heads == 0) return nullptr;
-  if (a.type == Type::bfloat16 && states_bf16::fits(a)) return states_bf16::run(a, stream);
+  if (states::tensor_cores::fits(a)) return states::tensor_cores::run(a, stream);
   return with_type(a.type, [&](auto element) {
     using T = decltype(element);
     const bool aligned = a.width % per_load<T> == 0 && is_aligned(a.query) &&
                          is_aligned(a.states) && is_aligned(a.out);
-    return aligned ? run<T, per_load<T>>(a, stream) : run<T, 1>(a, stream);
+    return aligned ? states::run<T, per_load<T>>(a, stream) : states::run<T, 1>(a, stream);
   });
 }
 

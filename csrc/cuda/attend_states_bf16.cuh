@@ -1,170 +1,211 @@
-// attend_states of bfloat16 on tensor cores: a block takes sixteen heads of a row, which are the rows
-// of a product's left matrix, and each of its warps 64 columns, of the scores' sums as of the result.
+// attend_states of bfloat16 on tensor cores: a block takes sixteen heads of a row, the rows of the
+// products' left matrices, and each of its warps 64 columns: of the scores' sums and of the result.
 //
-// No matrix passes through shared memory. A product's sum may run over the columns in any order that
-// is the same for both sides, and its own columns may be any: so chosen that what a thread has to
-// hold lies side by side, 16 bytes at a time.
+// No matrix passes through shared memory. The sum of a product may run over the columns in any
+// order that is the same for both sides, and its own columns may be any: so chosen that what a
+// thread has to hold lies side by side, 16 bytes at a time.
 #pragma once
 
 #include <tensor_cores.cuh>
 
+#include "attend_states.cuh"
 #include "device.cuh"
 
-namespace blip_trace::cuda::states_bf16 {
+namespace blip_trace::cuda::states::tensor_cores {
 
-constexpr int heads_of_block = 16, states_at_once = 16, columns_of_warp = 64, most_warps = 16;
+constexpr int heads_of_block = 16, columns_of_warp = 64;
+
+// States are taken sixteen at a time; there is room for the scores of an image's.
+constexpr int states_at_once = 16, room = 640;
+
+// In the names of tensor_cores.cuh, a thread has of 16 heads and 16 states the scores of heads r
+// and r + 8 (`half` 0 and 1) and states c, c + 1, c + 8 and c + 9.
+struct Scores {
+  float part[2][4];  // of 8 states: [half, state]
+
+  __device__ __forceinline__ float& of(int half, int i) { return part[i / 2][half * 2 + i % 2]; }
+
+  // In shared memory [2, warp_size], each thread's own.
+  __device__ __forceinline__ void store(float4* to) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      to[i * warp_size + threadIdx.x % warp_size] =
+          make_float4(part[i][0], part[i][1], part[i][2], part[i][3]);
+  }
+
+  __device__ __forceinline__ void load(const float4* from) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 values = from[i * warp_size + threadIdx.x % warp_size];
+      part[i][0] = values.x;
+      part[i][1] = values.y;
+      part[i][2] = values.z;
+      part[i][3] = values.w;
+    }
+  }
+};
+
+// Which of sixteen states a thread's values `i` are of.
+__device__ __forceinline__ int state_of(unsigned lane, unsigned i) {
+  return lane % 4 * 2 + i % 2 + i / 2 * 8;
+}
 
 __device__ __forceinline__ uint4 load_or_zeros(const bf16* from, bool there) {
   return there ? load_packed<per_load<bf16>>(from) : make_uint4(0, 0, 0, 0);
 }
 
-// The sum over the warps; the next call has to come with the other half of shared memory.
-__device__ __forceinline__ void sum_over_warps(float4* parts, float (&mine)[2][4]) {
-  const int lane = threadIdx.x % warp_size, warps = blockDim.x / warp_size;
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    parts[threadIdx.x / warp_size * 2 * warp_size + i * warp_size + lane] =
-        make_float4(mine[i][0], mine[i][1], mine[i][2], mine[i][3]);
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) mine[i][0] = mine[i][1] = mine[i][2] = mine[i][3] = 0.0f;
-#pragma unroll 2
-  for (int warp = 0; warp < warps; ++warp) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 part = parts[warp * 2 * warp_size + i * warp_size + lane];
-      mine[i][0] += part.x;
-      mine[i][1] += part.y;
-      mine[i][2] += part.z;
-      mine[i][3] += part.w;
-    }
-  }
-}
+// Of sixteen rows and the warp's columns what a thread multiplies: rows r and r + 8, and of 32
+// columns eight, of which `column` is the first. Zeros where there is nothing.
+struct Operand {
+  uint4 words[2][2];  // [half, 32 columns]
 
-// In the names of tensor_cores.cuh, a thread holds of 16 heads and 16 states the scores of heads r
-// and r + 8 (`half` 0 and 1) and states c, c + 1, c + 8 and c + 9.
-__global__ void __launch_bounds__(most_warps* warp_size) kernel(const AttendStates a) {
-  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-  const int r = lane / 4, c = lane % 4 * 2;
-  const int64_t row = blockIdx.x;
-  const int head = blockIdx.y * heads_of_block + r;
-  const int64_t head_stride = a.rows * a.width;
-  const int64_t at = head * head_stride + row * a.width + warp * columns_of_warp;
-
-  // Of 32 columns a thread takes eight, 4 c and those behind it: for two products.
-  uint4 query[2][2];  // [half, 32 columns]
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      query[half][i] = load_or_zeros(
-          static_cast<const bf16*>(a.query) + at + 8 * half * head_stride + 32 * i + 4 * c,
-          head + 8 * half < a.heads);
-  }
-  const int64_t group = group_of(a.query_starts, a.groups, row);
-  const int32_t first_state = a.state_starts[group];
-  const int count = a.state_starts[group + 1] - first_state;
-  const bf16* states =
-      static_cast<const bf16*>(a.states) + first_state * a.width + warp * columns_of_warp;
-  const float factor = a.scale * log2_of_e;
-
-  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-  float out[8][4] = {};  // product i has every eighth column: 8 n + i
-  float4* parts = reinterpret_cast<float4*>(shared_memory);
-  float4* next_parts = parts + blockDim.x * 2;
-  for (int first = 0; first < count; first += states_at_once) {
-    float scores[2][4] = {};
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int state = first + 8 * tile + r;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint4 key =
-            load_or_zeros(states + state * a.width + 32 * i + 4 * c, state < count);
-        const uint4 &low = query[0][i], &high = query[1][i];
-        ptx::multiply_add(scores[tile], {low.x, high.x, low.y, high.y}, key.x, key.y);
-        ptx::multiply_add(scores[tile], {low.z, high.z, low.w, high.w}, key.z, key.w);
-      }
-    }
-    // What the second product needs, of the same memory: it arrives while scores are exchanged.
-    unsigned values[4][4];  // [state, words]
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int state = first + c + i % 2 + i / 2 * 8;
-      const uint4 words = load_or_zeros(states + state * a.width + 8 * r, state < count);
-      values[i][0] = words.x;
-      values[i][1] = words.y;
-      values[i][2] = words.z;
-      values[i][3] = words.w;
-    }
-    sum_over_warps(parts, scores);
-    float4* const last_parts = parts;
-    parts = next_parts;
-    next_parts = last_parts;
-
+  __device__ __forceinline__ Operand(const bf16* from, int64_t stride, int present, int width,
+                                     int column) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float next = maximum[half];
+      const int row = threadIdx.x % warp_size / 4 + half * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[i / 2][half * 2 + i % 2];
-        score = first + c + i % 2 + i / 2 * 8 < count ? score * factor : -INFINITY;
-        next = fmaxf(next, score);
-      }
-      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 1));
-      next = fmaxf(next, __shfl_xor_sync(whole_warp, next, 2));
-      const float rescale = next == maximum[half] ? 1.0f : ptx::exp2_of(maximum[half] - next);
-      maximum[half] = next;
-      // Nothing but -inf so far: the difference to the maximum would be NaN.
-      const float base = next == -INFINITY ? 0.0f : next;
-      sum[half] *= rescale;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores[i / 2][half * 2 + i % 2];
-        score = ptx::exp2_of(score - base);
-        sum[half] += score;
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        out[i][half * 2] *= rescale;
-        out[i][half * 2 + 1] *= rescale;
-      }
-    }
-    const unsigned weights[4] = {pack(scores[0][0], scores[0][1]), pack(scores[0][2], scores[0][3]),
-                                 pack(scores[1][0], scores[1][1]), pack(scores[1][2], scores[1][3])};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const unsigned halves = i % 2 == 0 ? 0x5410 : 0x7632;  // both lower, or both upper
-      ptx::multiply_add(out[i], weights, __byte_perm(values[0][i / 2], values[1][i / 2], halves),
-                        __byte_perm(values[2][i / 2], values[3][i / 2], halves));
+      for (int i = 0; i < 2; ++i)
+        words[half][i] = load_or_zeros(from + row * stride + column + i * 32,
+                                       row < present && column + i * 32 < width);
     }
   }
+};
 
+// What the warp's columns contribute to the scores.
+__device__ __forceinline__ Scores score(const Operand& query, const Operand& keys) {
+  Scores scores = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(whole_warp, sum[half], 1);
-    sum[half] += __shfl_xor_sync(whole_warp, sum[half], 2);
-    const float scale = 1.0f / sum[half];
-    if (head + 8 * half >= a.heads) continue;
+  for (int i = 0; i < 2; ++i) {
+    const uint4 &low = query.words[0][i], &high = query.words[1][i];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float columns[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) columns[i] = out[i][half * 2 + n] * scale;
-      store(static_cast<bf16*>(a.out) + at + 8 * half * head_stride + 8 * (c + n), columns);
+    for (int part = 0; part < 2; ++part) {
+      const uint4& key = keys.words[part][i];
+      ptx::multiply_add(scores.part[part], {low.x, high.x, low.y, high.y}, key.x, key.y);
+      ptx::multiply_add(scores.part[part], {low.z, high.z, low.w, high.w}, key.z, key.w);
     }
+  }
+  return scores;
+}
+
+// Adds sixteen weighted states. Of 64 columns a thread takes eight, of which `column` is the first;
+// product i has every eighth: 8 n + i.
+__device__ __forceinline__ void add_weighted(const Scores& scores, const bf16* states, int width,
+                                             int present, int column, float (&out)[8][4]) {
+  unsigned weights[4], words[4][4];  // words: [state, four pairs of columns]
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    weights[i] = pack(scores.part[i / 2][i % 2 * 2], scores.part[i / 2][i % 2 * 2 + 1]);
+    const int state = state_of(threadIdx.x % warp_size, i);
+    const uint4 value =
+        load_or_zeros(states + state * width + column, state < present && column < width);
+    words[i][0] = value.x;
+    words[i][1] = value.y;
+    words[i][2] = value.z;
+    words[i][3] = value.w;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const unsigned halves = i % 2 == 0 ? 0x5410 : 0x7632;  // both lower ones, or both upper ones
+    ptx::multiply_add(out[i], weights, __byte_perm(words[0][i / 2], words[1][i / 2], halves),
+                      __byte_perm(words[2][i / 2], words[3][i / 2], halves));
   }
 }
 
+template <class Combine>
+__device__ __forceinline__ float all_of_four(float x, Combine combine) {
+  x = combine(x, __shfl_xor_sync(whole_warp, x, 1));
+  return combine(x, __shfl_xor_sync(whole_warp, x, 2));
+}
+
+// Shared memory: [2, warps] Scores that the warps tell each other, two sets in turn, so that one
+// barrier does where a warp may already write again; then [room / states_at_once] sums of them.
+// `blocks` of `most_columns` columns run side by side: as many registers as a thread then gets.
+template <int most_columns, int blocks>
+__global__ void __launch_bounds__(most_columns / columns_of_warp* warp_size, blocks)
+    attend_states_kernel(const AttendStates a) {
+  constexpr int values = heads_of_block * states_at_once;
+  const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+  const int warps = blockDim.x / warp_size, width = static_cast<int>(a.width);
+  const int first_column = warp * columns_of_warp, column = first_column + lane % 4 * 8;
+  const Work<bf16> work(a, blockIdx.x, blockIdx.y * heads_of_block, heads_of_block);
+  if (work.count > room) {
+    for (int h = warp; h < work.heads; h += warps) attend_without_room<per_load<bf16>>(work, h);
+    return;
+  }
+
+  float* const parts = reinterpret_cast<float*>(shared_memory);
+  float* const sums = parts + 2 * warps * values;
+  Operand keys(work.states, width, work.count, width, column);
+  const Operand query(work.query, work.head_stride, work.heads, width, column);
+  for (int first = 0; first < work.count; first += states_at_once) {
+    const int present = work.count - first, turn = first / states_at_once;
+    float* const told = parts + turn % 2 * warps * values;
+    score(query, keys).store(reinterpret_cast<float4*>(told + warp * values));
+    const int next = first + states_at_once;  // they arrive while the sums are taken
+    keys = Operand(work.states + next * width, width, work.count - next, width, column);
+    __syncthreads();
+    for (unsigned i = threadIdx.x; i < values; i += blockDim.x) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int j = 0; j < warps; ++j) sum += told[j * values + i];
+      const int state = state_of(i / 4, i / (values / 2) * 2 + i % 2);
+      sums[turn * values + i] = state < present ? sum * work.factor : -INFINITY;
+    }
+  }
+  __syncthreads();
+
+  Scores scores;
+  float maximum[2] = {-INFINITY, -INFINITY};
+#pragma unroll 1
+  for (int first = 0; first < work.count; first += states_at_once) {
+    scores.load(reinterpret_cast<const float4*>(sums + first * heads_of_block));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) maximum[i / 4] = fmaxf(maximum[i / 4], scores.of(i / 4, i % 4));
+  }
+#pragma unroll
+  for (float& x : maximum) x = all_of_four(x, [](float a, float b) { return fmaxf(a, b); });
+  float sum[2] = {}, out[8][4] = {};
+  for (int first = 0; first < work.count; first += states_at_once) {
+    scores.load(reinterpret_cast<const float4*>(sums + first * heads_of_block));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& mine = scores.of(i / 4, i % 4);
+      mine = ptx::exp2_of(mine - maximum[i / 4]);
+      sum[i / 4] += mine;
+    }
+    add_weighted(scores, work.states + first * width, width, work.count - first,
+                 first_column + lane / 4 * 8, out);
+  }
+
+#pragma unroll
+  for (float& x : sum)
+    x = __fdividef(1.0f, all_of_four(x, [](float a, float b) { return a + b; }));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int half = i / 2, head = lane / 4 + half * 8;
+    const int at = first_column + lane % 4 * 16 + i % 2 * 8;
+    float columns[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) columns[j] = out[j][half * 2 + i % 2] * sum[half];
+    if (head < work.heads && at < width) store(work.out + head * work.head_stride + at, columns);
+  }
+}
+
+constexpr int usual_columns = 768, most_columns = 1024;
+
 inline bool fits(const AttendStates& a) {
-  return a.width % columns_of_warp == 0 && a.width <= most_warps * columns_of_warp &&
+  return a.type == Type::bfloat16 && a.width % per_load<bf16> == 0 && a.width <= most_columns &&
          is_aligned(a.query) && is_aligned(a.states) && is_aligned(a.out);
 }
 
 inline const char* run(const AttendStates& a, Stream stream) {
-  const auto threads = static_cast<unsigned>(a.width / columns_of_warp * warp_size);
-  return launch(kernel, dim3(a.rows, ceil_div(a.heads, heads_of_block)), threads,
-                threads * 4 * sizeof(float4), stream, a);
+  const auto kernel = a.width <= usual_columns ? attend_states_kernel<usual_columns, 2>
+                                               : attend_states_kernel<most_columns, 1>;
+  const auto warps = static_cast<unsigned>(ceil_div(a.width, columns_of_warp));
+  const std::size_t scores = sizeof(float) * heads_of_block * states_at_once;
+  return launch(kernel, dim3(a.rows, ceil_div(a.heads, heads_of_block)), warps * warp_size,
+                (2 * warps + room / states_at_once) * scores, stream, a);
 }
 
-}  // namespace blip_trace::cuda::states_bf16
+}  // namespace blip_trace::cuda::states::tensor_cores

@@ -1,30 +1,29 @@
 // What the attention kernels of both types share: which rows and keys a team of threads works on,
-// and how these come into shared memory.
+// how these come into shared memory, and a row's softmax.
 #pragma once
 
 #include <tensor_cores.cuh>
 
 #include "device.cuh"
-#include "kernels.h"
 
 namespace blip_trace::cuda {
 
 // Query rows of one group, at most those of a team, and the keys that they see. Keys are counted
 // from the first of the prefix.
 struct View {
-  int first, rows;   // query rows: the first, and how many
-  int prefix_rows;   // keys of the prefix
-  int prefix, own;   // key j is row prefix + j where it is one of the prefix, else row own + j
-  int seen, growth;  // query i of the view sees the first seen + i * growth keys
   int head;
+  int first, rows;          // query rows: the first, and how many
+  int prefix_rows;          // keys of the prefix
+  int prefix_key, own_key;  // key j is row prefix_key + j, from prefix_rows on row own_key + j
+  int seen, growth;         // query i of these sees the first seen + i * growth keys
 
   __device__ __forceinline__ int keys() const { return seen + (rows - 1) * growth; }
   __device__ __forceinline__ int row_of_key(int j) const {
-    return (j < prefix_rows ? prefix : own) + j;
+    return (j < prefix_rows ? prefix_key : own_key) + j;
   }
 };
 
-// The group that owns a tile, numbered as by tile_of() of device.cuh, but searched by a whole warp:
+// The group that owns a tile, tiles numbered as tiles() of device.cuh says. A whole warp searches:
 // each round leaves a thirty-second of the groups, where one thread would leave half.
 template <int rows>
 __device__ __forceinline__ int group_of_tile(const int32_t* starts, int groups, int tile) {
@@ -41,8 +40,8 @@ __device__ __forceinline__ int group_of_tile(const int32_t* starts, int groups, 
   return low;
 }
 
-// What a team works on: a tile of `rows` queries, and a head. Counted heads first, so that teams
-// that run side by side read rows that lie side by side. Returns whether there is anything.
+// What a team works on: a tile of `rows` queries, and a head. They are numbered heads first, so
+// that teams side by side read rows that lie side by side. Returns whether there is anything.
 template <int rows>
 __device__ __forceinline__ bool find_view(const Attention& a, int number, View& view) {
   const int tile = number / a.heads;
@@ -54,36 +53,21 @@ __device__ __forceinline__ bool find_view(const Attention& a, int number, View& 
   view.head = number - tile * a.heads;
   view.first = begin + before;
   view.rows = min(end - begin - before, rows);
-  view.prefix = a.prefixes == nullptr ? 0 : a.prefixes[2 * group];
+  view.prefix_key = a.prefixes == nullptr ? 0 : a.prefixes[2 * group];
   view.prefix_rows = a.prefixes == nullptr ? 0 : a.prefixes[2 * group + 1];
-  view.own = first_key - view.prefix_rows;
+  view.own_key = first_key - view.prefix_rows;
   view.seen = view.prefix_rows + (a.causal ? before + 1 : a.key_starts[group + 1] - first_key);
   view.growth = a.causal ? 1 : 0;
   return true;
 }
 
-// Whether rows and heads begin at multiples of 16 bytes, and heads are whole chunks.
+// Everything is copied in chunks of 16 bytes. Whether rows and heads begin at multiples of 16 bytes
+// and heads are whole chunks; if not, elements are copied one by one.
 template <class T>
 bool in_whole_chunks(const Attention& a) {
-  const auto address = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p); };
-  const std::uintptr_t bytes =
-      address(a.query) | address(a.key) | address(a.value) | address(a.out);
-  const int64_t elements =
-      a.query_stride | a.key_stride | a.value_stride | a.out_stride | a.head_size;
-  return bytes % 16 == 0 && elements % per_load<T> == 0;
-}
-
-// Begins to fill a chunk of shared memory with `count` elements, zeros behind them; none and all
-// where `count` is below and above what is possible. `whole`: as in_whole_chunks() says.
-template <class T, bool whole>
-__device__ __forceinline__ void copy_chunk(uint4* to, const void* from, int count) {
-  if constexpr (whole) {
-    ptx::copy_16(to, from, count > 0);
-  } else {
-    T* elements = reinterpret_cast<T*>(to);
-    for (int i = 0; i < per_load<T>; ++i)
-      elements[i] = i < count ? static_cast<const T*>(from)[i] : T{};
-  }
+  return is_aligned(a.query) && is_aligned(a.key) && is_aligned(a.value) && is_aligned(a.out) &&
+         (a.query_stride | a.key_stride | a.value_stride | a.out_stride | a.head_size) %
+                 per_load<T> == 0;
 }
 
 // Where a head's columns of a matrix lie. In bytes, and unsigned: so a place takes one product.
@@ -98,6 +82,19 @@ struct Columns {
 template <class T>
 __device__ __forceinline__ Columns columns_of(int first, int64_t stride) {
   return {static_cast<unsigned>(first * sizeof(T)), static_cast<unsigned>(stride * sizeof(T))};
+}
+
+// Begins to fill a chunk of shared memory with `count` elements and zeros behind them. No elements
+// or all, where `count` is less or more than is possible; `from` is not read where there are none.
+template <class T, bool whole>
+__device__ __forceinline__ void copy_chunk(uint4* to, const void* from, int count) {
+  if constexpr (whole) {
+    ptx::copy_16(to, from, count > 0);
+  } else {
+    T* elements = reinterpret_cast<T*>(to);
+    for (int i = 0; i < per_load<T>; ++i)
+      elements[i] = i < count ? static_cast<const T*>(from)[i] : T{};
+  }
 }
 
 // Begins to copy a head's columns of `rows` rows, with `threads` threads of which this is `thread`;
@@ -118,21 +115,6 @@ __device__ __forceinline__ void copy_rows(const void* matrix, Columns columns, i
   }
 }
 
-// Over the `lanes` neighboring lanes that share a row. A maximum passes over NaN.
-template <int lanes>
-__device__ __forceinline__ float maximum_of_row(float x) {
-#pragma unroll
-  for (int lane = 1; lane < lanes; lane *= 2) x = fmaxf(x, __shfl_xor_sync(whole_warp, x, lane));
-  return x;
-}
-
-template <int lanes>
-__device__ __forceinline__ float sum_of_row(float x) {
-#pragma unroll
-  for (int lane = 1; lane < lanes; lane *= 2) x += __shfl_xor_sync(whole_warp, x, lane);
-  return x;
-}
-
 // All threads of a team wait for each other: a warp, or a whole block.
 template <int warps>
 __device__ __forceinline__ void wait_for_team() {
@@ -143,14 +125,31 @@ __device__ __forceinline__ void wait_for_team() {
   }
 }
 
-// A row's softmax as far as its keys have been seen.
-struct Softmax {
-  float top = -INFINITY;  // the largest score, times the factor that makes exponents of 2
-  float sum = 0.0f;       // of this thread's weights, each 2^(exponent - top)
+// Over the `lanes` neighboring lanes that share a row. A maximum passes over NaN.
+template <int lanes>
+__device__ __forceinline__ float maximum_of_row(float x) {
+#pragma unroll
+  for (int other = 1; other < lanes; other *= 2)
+    x = fmaxf(x, __shfl_xor_sync(whole_warp, x, other));
+  return x;
+}
 
-  // Raises `top` for scores of which `largest` is the largest. Returns by what the sums so far are
-  // to be multiplied; `shift` is what to take from the exponents (not an infinite one: -infinity,
-  // less itself, would be NaN).
+template <int lanes>
+__device__ __forceinline__ float sum_of_row(float x) {
+#pragma unroll
+  for (int other = 1; other < lanes; other *= 2) x += __shfl_xor_sync(whole_warp, x, other);
+  return x;
+}
+
+// A row's softmax as far as its keys have been seen. A score's weight is 2^(factor * score - top);
+// the factor is positive.
+struct Softmax {
+  float top = -INFINITY;  // the largest factor * score
+  float sum = 0.0f;       // of this thread's weights
+
+  // Takes in the largest of new scores. Returns what the old weights are to be multiplied by. `top`
+  // as it is to be taken from exponents is in `shift`: zero in place of -infinity, which, less
+  // itself, would be NaN.
   __device__ __forceinline__ float raise(float largest, float factor, float& shift) {
     const float raised = fmaxf(top, largest * factor);
     shift = raised == -INFINITY ? 0.0f : raised;
@@ -158,6 +157,12 @@ struct Softmax {
     top = raised;
     sum *= keep;
     return keep;
+  }
+
+  __device__ __forceinline__ float weigh(float score, float factor, float shift) {
+    const float weight = ptx::exp2_of(score * factor - shift);
+    sum += weight;
+    return weight;
   }
 };
 

@@ -1,4 +1,4 @@
-// bias_gelu: in place, 16 bytes of a few rows for each thread, so that a bias is read once for them.
+// bias_gelu: in place, 16 bytes of a few rows for each thread, which reads their bias once.
 #include <tensor_cores.cuh>
 
 #include "device.cuh"
@@ -58,7 +58,8 @@ const char* run(const BiasGelu& a, Stream stream) {
   const int64_t loads = a.cols / count, warps = ceil_div(loads, warp_size);
   const int64_t block = warps * warp_size < largest_block ? warps * warp_size : largest_block;
   return launch(bias_gelu_kernel<T, count>,
-                dim3(ceil_div(a.rows, rows_of_thread), ceil_div(loads, block)), block, 0, stream, a);
+                dim3(ceil_div(a.rows, rows_of_thread), ceil_div(loads, block)), block, 0, stream,
+                a);
 }
 
 }  // namespace

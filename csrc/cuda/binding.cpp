@@ -110,8 +110,11 @@ struct Cross {
 };
 
 // Whether the projections are absorbed into the query and the weighted sum: the smaller product for
-// groups of average size. The groups' own sizes are known to the device alone.
+// groups of average size. The groups' own sizes are known to the device alone. On many states the
+// absorbed products, as wide as the states for every head, take longer than they save.
 bool absorb(const Cross& a) {
+  constexpr std::int64_t many_states = 64;
+  if (a.states.size(0) > many_states * a.groups) return false;
   const double rows = static_cast<double>(a.query.size(0)),
                all = static_cast<double>(a.states.size(0)),
                states = all / static_cast<double>(a.groups);
@@ -190,8 +193,9 @@ std::tuple<Tensor, Tensor> token_logits(const Tensor& hidden, const Tensor& weig
 
   // So many bytes of logits at once that they are still in the second-level cache when they are read.
   constexpr std::int64_t block_bytes = 24 << 20;
-  const std::int64_t step =
+  std::int64_t step =
       std::max<std::int64_t>(1024, block_bytes / 4 / std::max<std::int64_t>(1, rows));
+  step -= step % 8;  // so that every block begins where 16 bytes can be read at once
   for (std::int64_t first = 0; first < vocabulary; first += step) {
     const std::int64_t words = std::min(step, vocabulary - first);
     const Tensor block = wide_product(hidden, weight.narrow(0, first, words));

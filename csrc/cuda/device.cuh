@@ -121,8 +121,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// A team are the threads that share a row: a warp, of which a block holds several, or all `warps` of
-// a block, which then has one float of shared memory for each of them.
+// A team are the threads that share a row: a warp, of which a block holds several, or all `warps`
+// of a block, which then has one float of shared memory for each of them.
 template <int warps, class Combine>
 __device__ __forceinline__ float team_all(float x, Combine combine) {
   if constexpr (warps > 1) {
@@ -147,8 +147,13 @@ __device__ __forceinline__ float team_max(float x) {
   return team_all<warps>(warp_max(x), [](float a, float b) { return fmaxf(a, b); });
 }
 
-// The group that owns a row, by its number among the rows of all; `starts` [groups + 1].
-__device__ __forceinline__ int64_t group_of(const int32_t* starts, int64_t groups, int64_t row) {
+// The group that owns one of `rows` rows; `starts` [groups + 1].
+__device__ __forceinline__ int64_t group_of(const int32_t* starts, int64_t groups, int64_t rows,
+                                            int64_t row) {
+  // Most often groups are of one size, and then it is this one: a search is a chain of loads.
+  const float share = __fdividef(static_cast<float>(groups), static_cast<float>(rows));
+  const auto guess = static_cast<int64_t>((static_cast<float>(row) + 0.5f) * share);
+  if (guess < groups && starts[guess] <= row && row < starts[guess + 1]) return guess;
   int64_t low = 0, high = groups;  // starts[low] <= row < starts[high]
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -158,29 +163,11 @@ __device__ __forceinline__ int64_t group_of(const int32_t* starts, int64_t group
   return low;
 }
 
-// Some rows of one group: `first` and up to `rows` more before `end`, the group's end. None where
-// `first` is not below `end`.
-struct Tile {
-  int64_t group, first, end;
-};
-
-// Tiles of `rows` rows are numbered so that group g's begin at starts[g] / rows + g; there are
-// `tiles` of them, known without the groups' sizes. Some are empty.
+// Tiles of up to `rows` rows of one group are numbered so that group g's begin at starts[g] / rows
+// + g. There are so many of them, known without the groups' sizes; some are empty.
 template <int rows>
 constexpr int64_t tiles(int64_t all_rows, int64_t groups) {
   return all_rows / rows + groups;
-}
-
-template <int rows>
-__device__ __forceinline__ Tile tile_of(const int32_t* starts, int64_t groups, int64_t tile) {
-  int64_t low = 0, high = groups;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (starts[middle] / rows + middle <= tile) low = middle;
-    else high = middle;
-  }
-  const int64_t first = starts[low];
-  return {low, first + (tile - (first / rows + low)) * rows, starts[low + 1]};
 }
 
 // Null is, too.

@@ -116,7 +116,8 @@ const char* fold_logits(const FoldLogits& a, Stream stream) {
   return with_type(a.type, [&](auto element) {
     using T = decltype(element);
     const T* bias = static_cast<const T*>(a.bias) + a.first_word;
-    const bool aligned = a.words % 4 == 0 && is_aligned(a.values) && is_aligned(bias, 4 * sizeof(T));
+    const bool aligned =
+        a.words % 4 == 0 && is_aligned(a.values) && is_aligned(bias, 4 * sizeof(T));
     return aligned ? run<T, 4>(a, stream) : run<T, 1>(a, stream);
   });
 }

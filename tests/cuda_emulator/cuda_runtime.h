@@ -2,11 +2,12 @@
 // and run without a GPU. It stands in for CUDA's header of this name. Blocks run one after the
 // other; a block's threads take turns, each runs until it has to wait for others.
 //
-// A kernel that waits too little depends on who runs first: `set_order` changes that. A barrier that
-// not all threads reach ends the process with a sentence.
+// A kernel that waits too little depends on who runs first: `set_order` changes that. A barrier
+// that not all threads reach ends the process with a sentence.
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -32,25 +33,20 @@ struct dim3 {
   unsigned x, y, z;
 };
 
-struct alignas(8) uint2 {
+// Kernels load and store other types through these.
+struct __attribute__((aligned(8), may_alias)) uint2 {
   unsigned x, y;
 };
 
-struct alignas(16) uint4 {
+struct __attribute__((aligned(16), may_alias)) uint4 {
   unsigned x, y, z, w;
 };
 
-struct alignas(8) float2 {
-  float x, y;
-};
-
-struct alignas(16) float4 {
+struct __attribute__((aligned(16), may_alias)) float4 {
   float x, y, z, w;
 };
 
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Of the thread that runs.
@@ -152,21 +148,8 @@ T __shfl_xor_sync(unsigned mask, T mine, int other) {
   return emulator::all_of_warp(mine, "__shfl_xor_sync")[emulator::lane() ^ other];
 }
 
-template <class T>
-T __ldg(const T* at) {
-  return *at;
-}
-
-template <class To, class From>
-To emulated_bits(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-inline float __uint_as_float(unsigned bits) { return emulated_bits<float>(bits); }
-inline unsigned __float_as_uint(float value) { return emulated_bits<unsigned>(value); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
 // Byte i of the result is byte `selector` >> 4 i of a and b, a's are the lower four.
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -177,6 +160,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 template <class T>

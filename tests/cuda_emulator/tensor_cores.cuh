@@ -17,6 +17,8 @@ inline void check_place(const void* place, const char* sentence) {
 inline void copy_16(void* shared, const void* global, bool there) {
   check_place(shared, "cp.async copies to a place that 16 does not divide.");
   if (there) check_place(global, "cp.async copies from a place that 16 does not divide.");
+  // They may arrive at once or as late as they are waited for: what was here is lost already.
+  std::memset(shared, 0xff, 16);
   emulator::copy_later(shared, global, there ? 16 : 0, 16);
 }
 
@@ -34,17 +36,15 @@ inline std::uint32_t word_of(std::uint16_t low, std::uint16_t high) {
 
 inline void load_matrices_as(std::uint32_t (&to)[4], const void* row, bool transposed) {
   check_place(row, "ldmatrix reads a row at a place that 16 does not divide.");
-  const auto rows = emulator::all_of_warp(row, "ldmatrix");
-  const int lane = emulator::lane();
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    const auto element = [&](int r, int c) {
-      std::uint16_t bits;
-      std::memcpy(&bits, static_cast<const std::byte*>(rows[matrix * 8 + r]) + 2 * c, sizeof(bits));
-      return bits;
-    };
-    const int of_four = lane / 4, pair = lane % 4 * 2;
-    to[matrix] = transposed ? word_of(element(pair, of_four), element(pair + 1, of_four))
-                            : word_of(element(of_four, pair), element(of_four, pair + 1));
+  // A row is read when its thread comes by: nothing says that others have written it before.
+  std::array<std::uint16_t, 8> elements;
+  std::memcpy(elements.data(), row, sizeof(elements));
+  const auto rows = emulator::all_of_warp(elements, "ldmatrix");
+  const int of_four = emulator::lane() / 4, pair = emulator::lane() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    const auto* matrix = &rows[8 * i];
+    to[i] = transposed ? word_of(matrix[pair][of_four], matrix[pair + 1][of_four])
+                       : word_of(matrix[of_four][pair], matrix[of_four][pair + 1]);
   }
 }
 
