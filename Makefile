@@ -79,4 +79,4 @@ gpu-sanitize: build
 	done
 
 clean:
-	rm -rf build dist *.egg-info blip_trace/_C.*.so
+	rm -rf build dist *.egg-info blip_trace/_C.*.so blip_trace/_cuda.so

@@ -10,6 +10,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA = "_cuda.so"
+"""The library with the CUDA kernels; no Python module, so setuptools does not know of it."""
 
 
 def tool(name: str) -> str:
@@ -58,8 +60,14 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
-        if torch_has_cuda() and (built := build / "_cuda.so").exists():  # else built by hand, as a check
-            shutil.copy2(built, target.parent)
+        if torch_has_cuda() and (build / CUDA).exists():  # without, it is built as a check only
+            shutil.copy2(build / CUDA, target.parent)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "blip_trace" / CUDA
+        if built.exists():
+            shutil.copy2(built, ROOT / "blip_trace")
 
 
 native = os.environ.get("BLIP_TRACE_SKIP_NATIVE", "0") in ("", "0")

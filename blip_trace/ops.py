@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
@@ -81,7 +82,7 @@ def get_ops(name: str, device: torch.device = CPU) -> OpSet:
     if name == "triton":
         if reason := triton_unavailable_reason(device):
             raise BackendUnavailableError(reason)
-        return cast(OpSet, importlib.import_module("blip_trace.kernels"))
+        return _triton_ops()
     raise ValueError(f"There is no backend {name!r}; there are 'native', 'triton' and 'reference'.")
 
 
@@ -176,6 +177,13 @@ def _native_ops() -> _NativeOps:
     return _NativeOps()
 
 
+@functools.cache
+def _triton_ops() -> OpSet:
+    found = cast(OpSet, importlib.import_module("blip_trace.kernels"))
+    _register_fakes("blip_trace_triton")
+    return found
+
+
 def _check_device(x: Tensor, *others: Tensor | None) -> None:
     """What the bindings check too, for a fake has nothing else that fails where a tensor was left behind."""
     for other in others:
@@ -237,11 +245,20 @@ def _fake_token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Ten
     )
 
 
+def _register_fakes(namespace: str) -> None:
+    """Say what the results of a backend's ops look like, for whoever asks without computing them."""
+    fakes: dict[str, Callable[..., Any]] = {
+        "linear": _fake_linear,
+        "linear_gelu": _fake_linear,
+        "linear_add_norm": _fake_linear_add_norm,
+        "self_attention": _fake_self_attention,
+        "cross_attention": _fake_cross_attention,
+        "token_logits": _fake_token_logits,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
 _C, _load_error = _load()
 if _C is not None:
-    torch.library.register_fake("blip_trace::linear", _fake_linear)
-    torch.library.register_fake("blip_trace::linear_gelu", _fake_linear)
-    torch.library.register_fake("blip_trace::linear_add_norm", _fake_linear_add_norm)
-    torch.library.register_fake("blip_trace::self_attention", _fake_self_attention)
-    torch.library.register_fake("blip_trace::cross_attention", _fake_cross_attention)
-    torch.library.register_fake("blip_trace::token_logits", _fake_token_logits)
+    _register_fakes("blip_trace")

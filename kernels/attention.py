@@ -185,7 +185,7 @@ def attend(
 def _blocks(
     query: Tensor, key: Tensor, groups: int, heads: int, width: int, prefixes: bool
 ) -> tuple[int, int, int, int]:
-    """Query rows and keys of a block, warps and stages: nothing spills on an H200 up to heads of 128."""
+    """Query rows and keys of a block, warps and stages: no tile spills on an H200, heads up to 128."""
     rows, keys = query.shape[0], key.shape[0]
     few_rows = rows < 32 * groups
     few_keys = keys < 32 * groups and not prefixes

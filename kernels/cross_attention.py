@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_trace.ops import _fake_cross_attention
-
 from .attention import attend
 from .checks import check_like, check_matrix, check_starts
 from .library import register
@@ -47,5 +45,4 @@ cross_attention = register(
     "cross_attention(Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, "
     "Tensor query_starts, Tensor state_starts, int heads) -> Tensor",
     _cross_attention,
-    _fake_cross_attention,
 )

@@ -10,8 +10,9 @@ import torch
 _library = torch.library.Library("blip_trace_triton", "FRAGMENT")
 
 
-def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op by its schema, `launch` being what it does and `fake` what its results look like.
+def register(schema: str, launch: Callable[..., Any]) -> Any:
+    """Define an op by its schema, `launch` being what it does. What its results look like without being
+    computed is for who loads it to say.
 
     Returns the op's only overload: calling it goes through torch's dispatcher, as with a compiled op.
     """
@@ -25,5 +26,4 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):  # on a CPU in Triton's interpreter; the checks refuse it otherwise
         _library.impl(name, on_its_device, key)
-    torch.library.register_fake(f"blip_trace_triton::{name}", fake, lib=_library)
     return getattr(torch.ops.blip_trace_triton, name).default

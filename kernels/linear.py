@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip_trace.ops import _fake_linear
-
 from .checks import check_like, check_matrix
 from .library import register
 
@@ -19,4 +17,4 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-linear = register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _fake_linear)
+linear = register("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear)

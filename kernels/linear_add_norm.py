@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip_trace.ops import _fake_linear_add_norm
-
 from .checks import check_like, check_matrix, check_rows
 from .library import register
 
@@ -118,5 +116,4 @@ linear_add_norm = register(
     "Tensor? update_rows, Tensor norm_weight, Tensor norm_bias, float eps, bool return_sum) "
     "-> (Tensor, Tensor)",
     _linear_add_norm,
-    _fake_linear_add_norm,
 )

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip_trace.ops import _fake_linear
-
 from .checks import check_like, check_matrix
 from .library import register
 from .product import product_options, tile_of_product
@@ -113,6 +111,4 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _fused(x, weight, bias)
 
 
-linear_gelu = register(
-    "linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _linear_gelu, _fake_linear
-)
+linear_gelu = register("linear_gelu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _linear_gelu)

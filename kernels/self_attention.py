@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from blip_trace.ops import _fake_self_attention
-
 from .attention import attend
 from .checks import check_matrix, check_prefixes, check_starts
 from .library import register
@@ -29,5 +27,4 @@ def _self_attention(qkv: Tensor, starts: Tensor, prefixes: Tensor | None, heads:
 self_attention = register(
     "self_attention(Tensor qkv, Tensor starts, Tensor? prefixes, int heads, bool causal) -> Tensor",
     _self_attention,
-    _fake_self_attention,
 )

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blip_trace.ops import _fake_token_logits
-
 from .checks import check_like, check_matrix, check_tokens
 from .library import register
 from .product import product_options, tile_of_product
@@ -128,5 +126,4 @@ def _token_logits(hidden: Tensor, weight: Tensor, bias: Tensor, tokens: Tensor) 
 token_logits = register(
     "token_logits(Tensor hidden, Tensor weight, Tensor bias, Tensor tokens) -> (Tensor, Tensor)",
     _token_logits,
-    _fake_token_logits,
 )

@@ -103,6 +103,8 @@ for name, heads, size_of_head, lengths in [
     ("mixed", 3, 5, [1, 9, 0, 7, 130]),
     ("short", 4, 32, [8] * 5),
     ("long", 2, 64, [200, 577]),
+    ("just-below-a-tile", 2, 16, [15, 16, 31, 32, 63, 64, 127, 128]),
+    ("many-heads", 264, 16, [132]),
     ("none", 2, 8, []),
 ]:
     for causal in (False, True):
@@ -133,6 +135,7 @@ for name, heads, size_of_head, width, queries, states in [
     ("absorbed", 4, 32, 128, [1] * 20, [9] * 20),
     ("folded", 2, 64, 96, [9, 300], [577, 577]),
     ("clean-run", 4, 64, 256, [9], [577]),
+    ("just-below-a-tile", 2, 16, 24, [70, 40, 1, 2], [15, 31, 63, 127]),
 ]:
 
     @case("cross_attention", name)

@@ -125,7 +125,8 @@ def test_every_kernel_compiles(capability: int) -> None:
     assert len(names) == 5
     for dtype in TYPES:
         assert {k["kernel"] for k in kernels if k["type"] == dtype} >= names
-    assert capability != 90 or not [k for k in kernels if k["spilled"]]  # the blocks are chosen for Hopper
+    # A register now and then is the assembler's choice; a tile that does not fit spills hundreds of bytes.
+    assert max(k["spilled"] for k in kernels) <= 32
     assert not [k for k in kernels if k["tf32"]]
     # The largest that a program may have: 227 KiB on an H200, 163 KiB on an A100.
     assert max(k["shared"] for k in kernels) <= {90: 227, 80: 163}[capability] * 1024

@@ -15,7 +15,7 @@ import triton.language as tl
 from test_ops import CASES, Make, call, cast, int32, layer, matrix, starts
 from torch import Tensor
 
-from blip_trace import kernels, reference
+from blip_trace import kernels, ops, reference
 
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
@@ -248,6 +248,7 @@ def test_infinite_logits(where: slice, value: float) -> None:
 
 @cases([c for c in SMALL if c[1] in ("7x33x45", "fork-and-restore", "few", "few-before")])
 def test_opcheck(op: str, make: Make) -> None:
+    ops.get_ops("triton", torch.device(DEVICE))  # which says what results look like
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(getattr(torch.ops.blip_trace_triton, op).default, tuple(on_device(make())))
 

@@ -25,7 +25,7 @@ struct Attention {
   const std::int32_t* prefixes;  // [groups, 2], first key row and how many; or null
   std::int64_t rows, groups;     // rows: of queries
   int heads, head_size;
-  float scale;
+  float scale;  // positive
   bool causal;  // a group's query i sees its own keys up to i; needs as many keys as queries
 };
 

@@ -1,0 +1,211 @@
+"""The CUDA kernels' launchers, called with bare pointers as csrc/cuda/kernels.h has them and played by the
+emulator, and memory for them in which nothing outside of what they are given can be touched unseen."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from ctypes import c_bool, c_float, c_int, c_int64, c_size_t, c_void_p
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from native_build import built
+from torch import Tensor
+
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 5}
+"""In which a block's threads take turns."""
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_NOTHING = 0
+"""What may be done with a page: C calls it PROT_NONE."""
+_LOAD = 16
+"""Bytes that a kernel reads at once where it can."""
+
+
+def _fields(*parts: tuple[Any, str]) -> list[tuple[str, Any]]:
+    return [(name, kind) for kind, names in parts for name in names.split()]
+
+
+class Arguments(ctypes.Structure):
+    """Of a launcher. Tensors are given for pointers and a dtype for the type; what is not given is null."""
+
+    launcher: ClassVar[str]
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__()
+        for name, value in values.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value.data_ptr() if isinstance(value, Tensor) else _TYPES.get(value, value))
+
+
+class Attention(Arguments):
+    launcher = "attention"
+    _fields_ = _fields(
+        (c_int, "type"),
+        (c_void_p, "query key value out"),
+        (c_int64, "query_stride key_stride value_stride out_stride"),
+        (c_void_p, "query_starts key_starts prefixes"),
+        (c_int64, "rows groups"),
+        (c_int, "heads head_size"),
+        (c_float, "scale"),
+        (c_bool, "causal"),
+    )
+
+
+class AttendStates(Arguments):
+    launcher = "attend_states"
+    _fields_ = _fields(
+        (c_int, "type"),
+        (c_void_p, "query states out query_starts state_starts"),
+        (c_int64, "rows groups width"),
+        (c_int, "heads"),
+        (c_float, "scale"),
+    )
+
+
+class AddNorm(Arguments):
+    launcher = "add_norm"
+    _fields_ = _fields(
+        (c_int, "type"),
+        (c_void_p, "update bias residual residual_rows update_rows norm_weight norm_bias normed sum"),
+        (c_int64, "rows cols"),
+        (c_float, "eps"),
+    )
+
+
+class BiasGelu(Arguments):
+    launcher = "bias_gelu"
+    _fields_ = _fields((c_int, "type"), (c_void_p, "bias x"), (c_int64, "rows cols"))
+
+
+class FoldLogits(Arguments):
+    launcher = "fold_logits"
+    _fields_ = _fields(
+        (c_int, "type"),
+        (c_void_p, "values bias tokens"),
+        (c_int64, "first_word words rows chosen vocabulary"),
+        (c_void_p, "maximum sum logits log_sum_exp"),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(built("emulated") / "tests" / "cuda_emulator" / "libblip_trace_emulated.so"))
+
+
+@cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def launched(arguments: Arguments, order: int = 0) -> bool:
+    """Whether a kernel ran to its end, touching nothing that it may not. What it says of that else is on the
+    standard error output."""
+    _library().blip_trace_emulator_set_order(order)
+    run = getattr(_library(), f"blip_trace_emulated_{arguments.launcher}")
+    status: int = run(ctypes.byref(arguments), c_size_t(ctypes.sizeof(arguments)))
+    _library().blip_trace_emulator_set_order(0)
+    return status == 0
+
+
+class Place(Enum):
+    """Where a matrix lies in pages that others surround which cannot be touched."""
+
+    ALIGNED = "aligned"  # so far behind as 16 bytes divide its address
+    LAST = "last"  # its last byte is the page's last
+    FIRST = "first"  # its first byte is the page's first
+    ODD = "odd"  # an element behind the page's first byte: 16 does not divide its address
+
+
+class _Buffer:
+    """Values in a mapping of their own: between two pages that cannot be touched, and amid NaN."""
+
+    def __init__(self, values: Tensor, place: Place, extra: int, written: bool) -> None:
+        *rows, cols = values.shape
+        self._dtype, self._shape, self._stride = (
+            values.dtype,
+            values.shape,
+            list(values.contiguous().stride()),
+        )
+        self._stride[:-1] = [stride + extra for stride in self._stride[:-1]]
+        element, page = values.element_size(), mmap.PAGESIZE
+        self._count = values.numel() + (rows[0] - 1) * extra if rows else cols
+        size = self._count * element
+        pages = -(-(size + element) // page) * page
+        first = {
+            Place.ALIGNED: (pages - size) // _LOAD * _LOAD,
+            Place.LAST: pages - size,
+            Place.FIRST: 0,
+            Place.ODD: element,
+        }
+        self._first = first[place] // element
+        whole = torch.frombuffer(mmap.mmap(-1, pages + 2 * page), dtype=torch.uint8)
+        self.bytes, self.written = whole[page:-page], written
+        self.bytes.fill_(255)
+        self.values = self._in(self.bytes)
+        self.values.copy_(values)
+        _allow(whole[:page], _NOTHING)
+        _allow(whole[-page:], _NOTHING)
+        if not written:
+            _allow(self.bytes, mmap.PROT_READ)
+
+    def _in(self, of_bytes: Tensor) -> Tensor:
+        elements = of_bytes.view(self._dtype)[self._first : self._first + self._count]
+        return elements.as_strided(self._shape, self._stride)
+
+    def untouched_around(self) -> bool:
+        """Whether nothing was written beside the values."""
+        around = self.bytes.clone()
+        self._in(around).view(torch.uint8).fill_(255)
+        return bool((around == 255).all())
+
+
+def _allow(pages: Tensor, access: int) -> None:
+    if _system().mprotect(c_void_p(pages.data_ptr()), c_size_t(pages.numel()), access):
+        raise OSError(ctypes.get_errno(), "mprotect")
+
+
+class Memory:
+    """What a launch reads and writes, every matrix in the same place of pages of its own."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._buffers: list[_Buffer] = []
+
+    def put(self, values: Tensor, extra: int = 0, written: bool = False) -> Tensor:
+        """Values as the kernel is to find them. From one row to the next are `extra` elements, of NaN. A
+        kernel can write only what is to be `written`, and so can a test."""
+        self._buffers.append(_Buffer(values, self.place, extra, written))
+        return self._buffers[-1].values
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, extra: int = 0) -> Tensor:
+        """For results: full of NaN."""
+        return self.put(torch.full(tuple(shape), float("nan"), dtype=dtype), extra, written=True)
+
+    def launch(self, arguments: Arguments) -> None:
+        """Run a kernel in every order of threads. In all it must write the same, and only where it may."""
+        written = [buffer for buffer in self._buffers if buffer.written]
+        before = [buffer.bytes.clone() for buffer in written]
+        found = []
+        for name, order in ORDERS.items():
+            for buffer, was in zip(written, before, strict=True):
+                buffer.bytes.copy_(was)
+            assert launched(arguments, order), f"{arguments.launcher}, {name}: see what it has said"
+            assert all(buffer.untouched_around() for buffer in written)
+            found.append([buffer.bytes.clone() for buffer in written])
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                assert torch.equal(one, two), f"{arguments.launcher} depends on the order of threads"
+
+
+def far_apart(file: Path, rows: int, cols: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of zeros [rows, cols] of any stride. What nobody touches takes neither disk nor memory."""
+    count = (rows - 1) * stride + cols
+    with file.open("w+b") as opened:
+        opened.truncate(count * dtype.itemsize)
+        mapped = mmap.mmap(opened.fileno(), 0)
+    return torch.frombuffer(mapped, dtype=dtype).as_strided((rows, cols), (stride, 1))
