@@ -58,8 +58,21 @@ def _layers(model: Any, stack: str) -> Any:
 
 def embed_image(model: Any, pixels: Tensor) -> Tensor:
     """Embedded patches [B, N, C] of pixel values [B, 3, H, W], class token first."""
-    embedded: Tensor = model.vision_model.embeddings(pixels.to(model.device))
+    with _without_tf32():
+        embedded: Tensor = model.vision_model.embeddings(pixels.to(model.device))
     return embedded
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in float32: unlike matrix products, on a GPU torch rounds theirs unless told
+    otherwise."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def encode_image(model: Any, embedded: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,34 @@ def tracer(backend: str, device: str = "cuda", dtype: str = "float32", memory: i
 
 @pytest.fixture(scope="module")
 def plain() -> list[TraceResult]:
-    """One at a time, on the CPU."""
-    ours = tracer("reference", "cpu")
-    return [ours.trace(*pair, corruption=NOISE) for pair in PAIRS]
+    """One at a time, on the CPU, in float64."""
+    return [_in_float64(question) for question in QUESTIONS]
+
+
+@cache
+def _in_float64(question: str) -> TraceResult:
+    single = tracer("reference", "cpu")
+    whole = type(single.model).from_pretrained(blip_trace.shipped_model(), dtype=torch.float64)
+    return Tracer(whole, single.processor, "reference").trace(IMAGE, question, corruption=NOISE)
+
+
+@cache
+def allowed() -> float:
+    """Twice what float32 on the CPU is off, and 1e-5 at least."""
+    single = tracer("reference", "cpu")
+    errors = [
+        largest_difference(single.trace(IMAGE, question, corruption=NOISE), _in_float64(question))
+        for question in QUESTIONS
+    ]
+    assert max(errors) <= 5 * TOLERANCE
+    return max(TOLERANCE, 2 * max(errors))
 
 
 def assert_same(found: list[TraceResult], plain: list[TraceResult]) -> None:
     for one, two in zip(found, plain, strict=True):
-        assert largest_difference(one, two) <= TOLERANCE
-    cells = torch.stack([own.samples("text_encoder", "hidden")[:, -1] for own in plain])
-    assert cells.max() - cells.min() > 100 * TOLERANCE
+        assert largest_difference(one, two) <= allowed()
+        cells = two.samples("text_encoder", "hidden")
+        assert cells.max() - cells.min() > 100 * allowed()
 
 
 @BACKENDS
@@ -56,8 +75,7 @@ def test_a_batch_by_graphs_gives_the_numbers_of_one_at_a_time(backend: str, plai
 
 
 @BACKENDS
-def test_several_threads_of_work_on_one_stream(backend: str, plain: list[TraceResult]) -> None:
-    """A stream of the caller's own is used as it is."""
+def test_a_stream_of_the_caller_s(backend: str, plain: list[TraceResult]) -> None:
     ours = tracer(backend)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -105,14 +123,15 @@ def test_the_other_backends_work_there_too(backend: str, plain: list[TraceResult
 def test_attribution_is_that_of_the_cpu() -> None:
     options = {"corruption": NOISE, "method": "attribution"}
     one, two = (tracer("native", device).trace(*PAIRS[0], **options) for device in ("cuda", "cpu"))
-    assert largest_difference(one, two) <= 100 * TOLERANCE  # gradients, not probabilities
+    spread = float(two.samples("text_encoder", "hidden").abs().max())
+    assert largest_difference(one, two) <= 1e-3 * spread
 
 
 def test_pixels_and_ids_may_be_there(plain: list[TraceResult]) -> None:
     ours = tracer("native")
     asked = ours.ask(*PAIRS[0])
     found = ours.trace(asked.pixels.cuda(), asked.text_ids.cuda(), corruption=NOISE)
-    assert largest_difference(found, plain[0]) <= TOLERANCE
+    assert_same([found], plain[:1])
     assert not found.samples("text_encoder", "hidden").is_cuda
     assert found.settings["device"] == "cuda:0"
 
