@@ -35,6 +35,9 @@ Progress = Callable[[int, int], None]
 KNOCKOUT_BYTES = 2**25
 """Of states that are gathered at once for attention with edges cut."""
 
+AHEAD = 64
+"""Passes that are begun before what was read of the first one is looked at."""
+
 Pending = Callable[[], list[Scores]]
 """Waits for a pass: what was read of its tasks."""
 
@@ -64,7 +67,6 @@ def stack_shape(stack: Stack) -> StackShape:
     return StackShape(stack.name, steps, stack.heads, stack.causal)
 
 
-@torch.inference_mode()
 def score(
     program: Program,
     ops: OpSet,
@@ -75,10 +77,22 @@ def score(
 ) -> list[Scores]:
     """Trace all tasks, as many runs in one pass as `memory` bytes of activations allow (None: see
     `passes.budget`). Where memory does not suffice after all, the passes that are left are made half as
-    large, with a warning.
-
-    While a GPU works on a pass, the next one is prepared. graphs: see there; those of this program.
+    large, with a warning. graphs: see there; those of this program.
     """
+    return begin(program, ops, tasks, memory, progress, graphs)()
+
+
+@torch.inference_mode()
+def begin(
+    program: Program,
+    ops: OpSet,
+    tasks: Sequence[Task],
+    memory: int | None,
+    progress: Progress | None = None,
+    graphs: Graphs | None = None,
+) -> Pending:
+    """What `score` does as far as a GPU need not be waited for: while it works, more can be prepared. What is
+    returned waits, and has the scores."""
     halvings = 0
     passes = pack(program, [Part(number, task) for number, task in enumerate(tasks)], memory)
     tick = None if progress is None else _counter(progress, _operations(program, passes))
@@ -113,11 +127,16 @@ def score(
         # an answer of the model's own must be the same in all parts of a task
         open_ended = any(task.answer_ids[-1] == OWN for task in known)
         split = any(part.task is not tasks[part.number] for part in parts)
-        while len(running) > (0 if open_ended and split else 1):
+        while len(running) > (0 if open_ended and split else AHEAD):
             settle()
-    while running:
-        settle()
-    return [merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
+
+    @torch.inference_mode()
+    def finish() -> list[Scores]:
+        while running:
+            settle()
+        return [merge(task, own) for task, own in zip(tasks, pieces, strict=True)]
+
+    return finish
 
 
 def count_operations(program: Program, tasks: Sequence[Task], memory: int | None) -> int:

@@ -51,29 +51,39 @@ class Measurer:
 
     def score(self, tasks: Sequence[Task], progress: Progress | None) -> list[Scores]:
         """Everything that is read of the tasks' runs."""
+        return self._begin(tasks, progress)()
+
+    def _begin(self, tasks: Sequence[Task], progress: Progress | None) -> Callable[[], list[Scores]]:
         if not tasks:
-            return []
+            return list
         report = None if progress is None else lambda done, total: progress(done / total)
-        if self.ops is None:
-            return hooks.score(self.model, tasks, report)
-        return engine.score(self.program, self.ops, tasks, self.memory, report, self.graphs)
+        if self.ops is not None:
+            return engine.begin(self.program, self.ops, tasks, self.memory, report, self.graphs)
+        done = hooks.score(self.model, tasks, report)
+        return lambda: done
 
     def exactly(
         self, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None = None
     ) -> list[tuple[Tensor, dict[str, Measured]]]:
         """The answer of each task, and its metrics with every cell done."""
-        return [
-            (own.answer_ids, measure_all(metrics, own.clean, own.corrupted, own.patched))
-            for own in self.score(tasks, progress)
-        ]
+        return _measured(self.score(tasks, progress), metrics)
 
-    def by(
+    def begin(
         self, method: Method | None, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None
-    ) -> list[Screened]:
-        """The same by any method; None: exactly."""
+    ) -> Callable[[], list[Screened]]:
+        """The same by any method, None: exactly; what is returned waits for a GPU that works on it."""
         if method is None:
-            done = self.exactly(tasks, metrics, progress)
-            return [Screened(*own, _marks(task, exact=True)) for task, own in zip(tasks, done, strict=True)]
+            waiting = self._begin(tasks, progress)
+            marks = [_marks(task, exact=True) for task in tasks]
+            return lambda: [
+                Screened(*own, exact) for own, exact in zip(_measured(waiting(), metrics), marks, strict=True)
+            ]
+        found = self._estimated(method, tasks, metrics, progress)
+        return lambda: found
+
+    def _estimated(
+        self, method: Method, tasks: Sequence[Task], metrics: Sequence[str], progress: Progress | None
+    ) -> list[Screened]:
         found = []
         for number, task in enumerate(tasks):
 
@@ -124,6 +134,10 @@ class Measurer:
             fetch(ops.linear(x, weight, None)[0])()
             done += 2 * rows * depth * columns
         return done / (time.perf_counter() - begin)
+
+
+def _measured(scores: Sequence[Scores], metrics: Sequence[str]) -> list[tuple[Tensor, dict[str, Measured]]]:
+    return [(own.answer_ids, measure_all(metrics, own.clean, own.corrupted, own.patched)) for own in scores]
 
 
 def _marks(task: Task, *, exact: bool) -> Tensor:

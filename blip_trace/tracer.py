@@ -23,20 +23,20 @@ from .graphs import Graphs
 from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
+from .mapping import Mapper
 from .measuring import Forecast, Measurer, Progress
-from .metrics import OWN, Reads, check_foil, check_metrics, reads_of
+from .metrics import OWN, check_foil, check_metrics, reads_of
 from .ops import OpSet, choose_backend, get_ops
-from .prepare import Asked, Changed, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
+from .prepare import Asked, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
 from .program import Program
-from .request import Grids, Options, Request, check_request
+from .request import Options, Request, check_request
 from .result import Logits, Restored, TraceResult
-from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
+from .sites import Cell, Site, check_names
 from .task import Scores
 
 Backend = Literal["auto", "native", "triton", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
 BACKENDS = ("auto", "native", "triton", "reference", "hooks")
-UNCORRUPTED: Literal["none"] = "none"
 ASKED = Wanted(cells=(), direction="denoise", reads="logits", patches=False)
 
 
@@ -213,10 +213,11 @@ class Tracer:
         request = self.request(stacks, kinds, window, foils, **options)
         corruption = check_corruption(corruption)
         asked = self._ask_all(pairs, answers, foils)
-        prepared = self.prepare_all(request, asked, [corruption] * len(asked))
-        if announce is not None and prepared:
+        if announce is not None and asked:
+            prepared = self.prepare_all(request, asked, [corruption] * len(asked))
             announce(self.forecast(prepared))
-        return self.measure(request, prepared, progress)
+            return self.measure(request, prepared, progress)
+        return self._mapper.maps(request, asked, corruption, progress)
 
     def request(
         self,
@@ -258,32 +259,13 @@ class Tracer:
         self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
     ) -> list[Prepared]:
         """The same of several questions, each with its corruption; a GPU encodes their images together."""
-        vision = self._vision
-        images = [None] * len(asked) if "vision" in request.stacks else self._preparer.encode(vision, asked)
-        prepared = []
-        for own, corruption, image in zip(asked, corruptions, images, strict=True):
-            grids = request.grids(self._preparer.shapes(own))
-            wanted = self._wanted(request, grids)
-            task, note = self._preparer.task(vision, own, corruption, wanted, image)
-            settings = {"corruption": repr(corruption), "corrupted": note}
-            prepared.append(Prepared(own, grids, task, settings))
-        return prepared
-
-    def _wanted(self, request: Request, grids: Grids) -> Wanted:
-        cells = tuple(cell for grid in grids.values() for cell in grid.cells)
-        return Wanted(cells, request.direction, request.reads, "vision" in request.stacks)
+        return self._mapper.prepare(request, asked, corruptions)
 
     def measure(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None = None
     ) -> list[TraceResult]:
         """Trace questions that are prepared, packed into common passes."""
-        tasks = [own.task for own in prepared]
-        found = self._measurer.by(request.method, tasks, request.metrics, progress)
-        settings = {**self.settings, **request.settings()}
-        return [
-            self._assembler.trace(own, request, measured, settings)
-            for own, measured in zip(prepared, found, strict=True)
-        ]
+        return self._mapper.begin(request, prepared, progress)()
 
     def forecast(self, prepared: Sequence[Prepared]) -> Forecast:
         """How many cells these are and about how long they take, done exactly."""
@@ -292,8 +274,7 @@ class Tracer:
     def operations(self, request: Request, asked: Asked, samples: int) -> int | None:
         """How many operations the matrix products of a question take, with its image corrupted in so many
         samples, known before anything is computed; None where they are not counted (by hooks)."""
-        wanted = self._wanted(request, request.grids(self._preparer.shapes(asked)))
-        return self._measurer.operations([self._preparer.outline(asked, samples, wanted)])
+        return self._measurer.operations([self._mapper.outline(request, asked, samples)])
 
     def forget_images(self) -> None:
         """Drop the encodings of images that were seen before."""
@@ -348,7 +329,7 @@ class Tracer:
         """
         metrics = check_metrics(metrics, foil)
         asked = self.ask(image, question, answer, foil)
-        changed = self._changed(asked, cells, corruption, direction, reads_of(metrics))
+        changed = self._mapper.changed(asked, cells, corruption, direction, reads_of(metrics))
         ((answer_ids, measured),) = self._measurer.exactly([changed.task], metrics, progress)
         places = changed.places
         measured = {name: replace(own, cells=own.cells[:, places]) for name, own in measured.items()}
@@ -369,7 +350,7 @@ class Tracer:
         one's own. They take 4 bytes a sample, cell, token of the answer and word. Raises as `restore` does.
         """
         asked = self.ask(image, question, answer)
-        changed = self._changed(asked, cells, corruption, direction, "logits")
+        changed = self._mapper.changed(asked, cells, corruption, direction, "logits")
         (found,) = self._measurer.score([changed.task], progress)
         clean, corrupted, patched = (
             read["logits"].float() for read in (found.clean, found.corrupted, found.patched)
@@ -378,26 +359,6 @@ class Tracer:
         if changed.places != list(range(patched.shape[1])):  # else it would be a copy
             patched = patched[:, changed.places]
         return Logits(patched, corrupted, clean, answer_ids, changed.settings)
-
-    def _changed(
-        self,
-        asked: Asked,
-        cells: Sequence[Cell | Site | Iterable[Site]],
-        corruption: Corruption | Literal["none"] | None,
-        direction: str,
-        reads: Reads,
-    ) -> Changed:
-        check_names("direction", direction, DIRECTIONS)
-        clean = isinstance(corruption, str) and corruption == UNCORRUPTED
-        applied = None if clean else check_corruption(corruption)  # type: ignore[arg-type]
-        checked = check_cells(cells, self._preparer.shapes(asked))
-        distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
-        stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
-        wanted = Wanted(tuple(distinct), direction, reads, "vision" in stacks)
-        task, note = self._preparer.task(self._vision, asked, applied, wanted)
-        named = UNCORRUPTED if applied is None else repr(applied)
-        settings = {**self.settings, "direction": direction, "corruption": named, "corrupted": note}
-        return Changed(task, [distinct[cell] for cell in checked], settings)
 
     def _ask_all(
         self,
@@ -429,6 +390,10 @@ class Tracer:
         if self.backend == "hooks":
             return HooksVision(self.model)
         return EngineVision(self.program, self.ops, self.memory, self._graphs)
+
+    @property
+    def _mapper(self) -> Mapper:
+        return Mapper(self._vision, self._preparer, self._measurer, self._assembler, self.settings)
 
     @property
     def _measurer(self) -> Measurer:

@@ -105,8 +105,7 @@ def _system() -> ctypes.CDLL:
 
 
 def launched(arguments: Arguments, order: int = 0) -> bool:
-    """Whether a kernel ran to its end and touched nothing that it may not. If not, the standard error output
-    says why."""
+    """Whether a kernel ran to its end and touched nothing that it may not; standard error says why not."""
     _library().blip_trace_emulator_set_order(order)
     run = getattr(_library(), f"blip_trace_emulated_{arguments.launcher}")
     status: int = run(ctypes.byref(arguments), c_size_t(ctypes.sizeof(arguments)))

@@ -94,13 +94,13 @@ class TestResults:
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The cells of each pass of the engine from now on."""
     passes: list[int] = []
-    score = engine.score
+    begin = engine.begin
 
     def counted(program: Any, ops: Any, tasks: Any, *rest: Any) -> Any:
         passes.append(sum(len(task.cells) for task in tasks))
-        return score(program, ops, tasks, *rest)
+        return begin(program, ops, tasks, *rest)
 
-    monkeypatch.setattr(engine, "score", counted)
+    monkeypatch.setattr(engine, "begin", counted)
     return passes
 
 

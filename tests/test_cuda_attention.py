@@ -128,8 +128,7 @@ def test_attention_on_tiles_of_128_rows(memory: Memory, groups: Groups) -> None:
 def test_attention_that_is_not_finite(
     memory: Memory, lengths: list[int], causal: bool, size: int, dtype: torch.dtype
 ) -> None:
-    """One trouble to a group, in the first head. What is ill stays in it; where all scores that a row sees are
-    -infinity, its softmax is NaN."""
+    """One trouble to a group, in the first head; it reaches neither the other head nor other groups."""
     groups = Groups(2, size, lengths, lengths, None, causal)
     query, key, value = drawn(groups, dtype)
     at = starts(lengths)

@@ -1,6 +1,6 @@
-"""The CUDA kernels themselves, on the emulator with bare pointers: widths and addresses that 16 bytes do not
-divide, the last byte that may be read, sizes on both sides of every choice of a kernel, and what is not finite.
-The ops that are made of them are tested in test_gpu_ops.py, those of attention in test_cuda_attention.py."""
+"""The CUDA kernels themselves, on the emulator with bare pointers: widths and addresses that 16 does not
+divide, the last byte that may be read, sizes on both sides of every choice of a kernel, what is not finite.
+The ops made of them are tested in test_gpu_ops.py, the kernels of attention in test_cuda_attention.py."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ from cuda_pointers import (
     FoldLogits,
     Memory,
     Place,
+    far_apart,
+    launched,
     near,
     places,
 )
 from test_gpu_ops import TYPES
+from test_ops import int32
 from torch import Tensor
 
 INF, NAN = math.inf, math.nan
@@ -40,10 +43,10 @@ def lines(rows: int, cols: int, dtype: torch.dtype, spread: float = 1.0) -> Tens
     return (torch.randn(rows, cols) * spread + 0.5).to(dtype)
 
 
-WIDTHS = [1, 5, 35, 64, 256, 264, 768, 1000, 1024, 1032, 2048, 3080, 4096, 4104, 5001]
+WIDTHS = [1, 5, 35, 256, 264, 512, 520, 768, 776, 1000, 1024, 1032, 2048, 2056, 4096, 4104, 5001]
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(9 if cols < 768 else 3, cols) for cols in WIDTHS])
+@pytest.mark.parametrize(("rows", "cols"), [(9 if 1 < cols < 768 else 3, cols) for cols in WIDTHS])
 @pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
 @TYPES
 def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: torch.dtype) -> None:
@@ -53,13 +56,13 @@ def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: t
     residual = memory.put(lines(stream, cols, dtype, 2))
     weight, norm_bias = (memory.put(torch.randn(cols).to(dtype)) for _ in range(2))
     normed = memory.room([rows, cols], dtype)
-    given: dict[str, Any] = {}
+    given: dict[str, Tensor]
     if gathered:
         of = {"residual_rows": stream, "update_rows": updates}
         given = {name: memory.put(torch.randint(0, n, (rows,), dtype=torch.int32)) for name, n in of.items()}
     else:
         given = {"bias": memory.put(torch.randn(cols).to(dtype)), "sum": memory.room([rows, cols], dtype)}
-    same: dict[str, Any] = {"rows": rows, "cols": cols, "eps": 1e-5, "type": dtype}
+    same: dict[str, Any] = {"rows": rows, "cols": cols, "eps": 0.1, "type": dtype}
     norm = {"norm_weight": weight, "norm_bias": norm_bias, "normed": normed}
     memory.launch(AddNorm(update=update, residual=residual, **norm, **given, **same))
 
@@ -68,7 +71,7 @@ def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: t
             return update.to(t)[given["update_rows"].long()] + residual.to(t)[given["residual_rows"].long()]
         return update.to(t) + given["bias"].to(t) + residual.to(t)
 
-    near(normed, lambda t: F.layer_norm(total(t), (cols,), weight.to(t), norm_bias.to(t), 1e-5))
+    near(normed, lambda t: F.layer_norm(total(t), (cols,), weight.to(t), norm_bias.to(t), 0.1))
     if not gathered:
         near(given["sum"], total)
 
@@ -93,6 +96,27 @@ def test_add_norm_of_a_mean_much_larger_than_the_spread(
         lambda t: F.layer_norm((update + residual).to(t), (cols,), weight.to(t), bias.to(t), 1e-12),
         floor=2**-15,
     )
+
+
+def test_add_norm_of_rows_far_behind() -> None:
+    """Elements that 32 bits do not count."""
+    torch.manual_seed(0)
+    rows, many = 5, 2**28 + 5
+    update, residual = (far_apart(many, 8, 8, torch.float32) for _ in range(2))
+    taken = int32([many - 1, 3, many - 2, many - 1, 2**27])
+    for x in update, residual:
+        x[taken.long()] = torch.randn(rows, 8)
+    weight, bias = torch.rand(8) + 1, torch.randn(8)
+    normed = far_apart(rows, 8, 8, torch.float32)
+    gathered = {"residual_rows": taken, "update_rows": taken}
+    norm = {"norm_weight": weight, "norm_bias": bias, "normed": normed, "rows": rows, "cols": 8, "eps": 1e-5}
+    assert launched(AddNorm(type=torch.float32, update=update, residual=residual, **gathered, **norm))
+
+    def expected(t: torch.dtype) -> Tensor:
+        total = update[taken.long()].to(t) + residual[taken.long()].to(t)
+        return F.layer_norm(total, (8,), weight.to(t), bias.to(t), 1e-5)
+
+    near(normed, expected)
 
 
 @pytest.mark.parametrize(
@@ -123,27 +147,6 @@ def test_gelu_everywhere(memory: Memory) -> None:
     assert ((out - F.gelu(x.double())).abs() <= 2**-23 * x.double().abs().clamp(min=1)).all()
 
 
-def test_add_norm_of_rows_far_behind() -> None:
-    """Elements that 32 bits do not count."""
-    torch.manual_seed(0)
-    rows, many = 5, 2**28 + 5
-    update, residual = (far_apart(many, 8, 8, torch.float32) for _ in range(2))
-    taken = int32([many - 1, 3, many - 2, many - 1, 2**27])
-    for x in update, residual:
-        x[taken.long()] = torch.randn(rows, 8)
-    weight, bias = torch.rand(8) + 1, torch.randn(8)
-    normed = far_apart(rows, 8, 8, torch.float32)
-    gathered = {"residual_rows": taken, "update_rows": taken}
-    norm = {"norm_weight": weight, "norm_bias": bias, "normed": normed, "rows": rows, "cols": 8, "eps": 1e-5}
-    assert launched(AddNorm(type=torch.float32, update=update, residual=residual, **gathered, **norm))
-
-    def expected(t: torch.dtype) -> Tensor:
-        total = update[taken.long()].to(t) + residual[taken.long()].to(t)
-        return F.layer_norm(total, (8,), weight.to(t), bias.to(t), 1e-5)
-
-    near(normed, expected)
-
-
 @pytest.mark.parametrize(
     ("rows", "steps"),
     [(1, [1]), (3, [37]), (5, [4096, 4096, 5]), (9, [3001, 2999, 400]), (2, [30524])],
@@ -154,10 +157,9 @@ def test_fold_logits(memory: Memory, rows: int, steps: list[int], dtype: torch.d
 
 
 @places(Place.ALIGNED, Place.ODD)
-@pytest.mark.parametrize(("rows", "steps"), [(4099, [20])])
 @TYPES
-def test_fold_logits_of_many_rows(memory: Memory, rows: int, steps: list[int], dtype: torch.dtype) -> None:
-    folded(memory, torch.randn(rows, sum(steps)) * 4, torch.randn(sum(steps)).to(dtype), steps)
+def test_fold_logits_of_many_rows(memory: Memory, dtype: torch.dtype) -> None:
+    folded(memory, torch.randn(4099, 20) * 4, torch.randn(20).to(dtype), [20])
 
 
 def folded(memory: Memory, values: Tensor, bias: Tensor, steps: list[int]) -> None:
@@ -207,11 +209,8 @@ def test_fold_logits_that_are_not_finite(memory: Memory, steps: list[int], dtype
             rows[-1][place] = value
     rows += [[x] * 12 for x in (INF, -INF, NAN, 3e38, -3e38)]
     rows += [[-INF] * 8 + [1.0] * 4, [-INF] * 11 + [NAN], [3e38] * 4 + [-INF] * 8]
-    values, bias, tokens = (
-        torch.tensor(rows),
-        torch.zeros(12, dtype=dtype),
-        torch.randint(0, 12, (len(rows), 2)),
-    )
+    values, bias = torch.tensor(rows), torch.zeros(12, dtype=dtype)
+    tokens = torch.randint(0, 12, (len(rows), 2))
     bias[3] = 0.25
     tokens[0] = torch.tensor([12, -1])  # no words
     logits, log_sum_exp = fold(memory, values, bias, tokens, steps)
@@ -244,8 +243,8 @@ def test_nothing_to_do(arguments: Arguments, dtype: torch.dtype) -> None:
 
 
 def test_memory_shows_what_a_kernel_must_not_do(capfd: pytest.CaptureFixture[str]) -> None:
-    """Reads behind the end and before the beginning, writes to what is only read; and unseen by the page, beside
-    the results."""
+    """Reading behind the end or before the beginning, writing to what is to be read; and in the same page,
+    where nothing ends it, writing beside the results."""
 
     def gelu(memory: Memory, rows: int, cols: int, written: bool = True) -> BiasGelu:
         x, bias = memory.put(torch.randn(3, 8), written=written), memory.put(torch.randn(8))

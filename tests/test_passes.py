@@ -14,7 +14,7 @@ import torch
 from test_parity import IMAGE, TOLERANCE, ask, largest_difference, tracer
 from torch import Tensor
 
-from blip_trace import GaussianNoise, engine, passes, reference
+from blip_trace import GaussianNoise, engine, mapping, passes, reference
 from blip_trace.graphs import KEPT, Graphs
 from blip_trace.ops import get_ops
 from blip_trace.passes import Part, pack
@@ -187,3 +187,35 @@ def test_traces_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bool(graphs.made) == (turn > 0 or len(given) > 1)
     assert sum(own.calls for own in graphs.made) >= 2 * len(graphs.made)
     assert ours.program.device.type == "cpu"
+
+
+def test_many_questions_go_in_parts_and_the_next_is_prepared_while_one_is_worked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = tracer("native")
+    pairs = [(IMAGE, question) for question in QUESTIONS]
+    plain = ours.trace_batch(pairs, corruption=NOISE)
+    log: list[str] = []
+    begin = engine.begin
+
+    def logged(*args: Any) -> Any:
+        number = sum(entry.startswith("begun") for entry in log)
+        log.append(f"begun {number}")
+        finish = begin(*args)
+
+        def finished() -> Any:
+            log.append(f"asked for {number}")
+            return finish()
+
+        return finished
+
+    monkeypatch.setattr(mapping, "QUESTIONS_AT_ONCE", 3)
+    monkeypatch.setattr(engine, "begin", logged)
+    shares: list[float] = []
+    parts = ours.trace_batch(pairs, corruption=NOISE, progress=shares.append)
+    assert log == ["begun 0", "begun 1", "asked for 0", "begun 2", "asked for 1", "asked for 2"]
+    for one, two in zip(parts, plain, strict=True):
+        assert one.question == two.question
+        assert largest_difference(one, two) <= TOLERANCE
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..corruption import Corruption, ImageSwap, Together, TokenSwap
 from ..hooks import site_module
+from ..mapping import UNCORRUPTED
 from ..sites import Cell, Site
-from ..tracer import UNCORRUPTED, Tracer
+from ..tracer import Tracer
 from .layers import KINDS
 from .models import UnsupportedError
 
