@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -236,12 +237,20 @@ class Preparer:
         keys = self._hashed(pictures)
         known = {key: states for key in keys if (states := self._states.find(key)) is not None}
         new = {key: own for key, own in zip(keys, pictures, strict=True) if key not in known}
-        left = list(new)
+        left, most = list(new), vision.together
         while left:
             # in powers of two: few sizes, which come again
-            size = 1 << (min(len(left), vision.together).bit_length() - 1)
-            own, left = left[:size], left[size:]
-            states = vision.encode(vision.embed(torch.cat([new[key] for key in own])))
+            size = 1 << (min(len(left), most).bit_length() - 1)
+            own = left[:size]
+            try:
+                states = vision.encode(vision.embed(torch.cat([new[key] for key in own])))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                most = size // 2
+                warnings.warn(f"out of memory: going on with {most} images at a time", stacklevel=2)
+                continue
+            left = left[size:]
             if not bool(torch.isfinite(states).all()):
                 raise ValueError("the image encoder gives NaN or infinite embeddings for this image")
             for key, image in zip(own, states.unbind(), strict=True):

@@ -46,6 +46,12 @@ def test_tracers_keep_no_model_alive(tiny_folder: Path) -> None:
     assert gone() is None
 
 
+def test_a_model_elsewhere(tiny_folder: Path) -> None:
+    model = BlipForQuestionAnswering.from_pretrained(tiny_folder).to("meta")
+    with pytest.raises(UnsupportedError, match="a model on meta is not supported here: other tools' calls"):
+        tracer_of(model)
+
+
 def test_the_worked_example(capsys: pytest.CaptureFixture[str]) -> None:
     """A foreign loop gets the same numbers from the engine as from hooks, on a map that is not flat."""
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plug_in.py"), run_name="__main__")

@@ -14,10 +14,11 @@ import torch
 from test_parity import IMAGE, TOLERANCE, ask, largest_difference, tracer
 from torch import Tensor
 
-from blip_trace import GaussianNoise, engine, mapping, passes, reference
+from blip_trace import GaussianNoise, Tracer, engine, mapping, passes, reference, shipped_model
 from blip_trace.graphs import KEPT, Graphs
 from blip_trace.ops import get_ops
 from blip_trace.passes import Part, pack
+from blip_trace.prepare import EngineVision
 from blip_trace.task import Task
 
 QUESTIONS = [ask(kind).text for kind in ("color", "count", "color", "shape", "color", "color", "count")]
@@ -109,6 +110,28 @@ def test_where_memory_runs_out_passes_are_halved_until_they_fit(rows: int) -> No
         torch.testing.assert_close(one, two, rtol=0, atol=TOLERANCE)
     assert rows / 4 < full.largest <= rows  # no smaller than need be
     assert shares[-1] >= 1
+
+
+def test_where_memory_runs_out_fewer_images_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Tracer.from_pretrained(shipped_model(), backend="native")
+    sizes: list[int] = []
+    encode = engine.encode_image
+
+    def limited(program: Any, ops: Any, embedded: Tensor, graphs: Any) -> Tensor:
+        if len(embedded) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        sizes.append(len(embedded))
+        return encode(program, ops, embedded, graphs)
+
+    monkeypatch.setattr(engine, "encode_image", limited)
+    monkeypatch.setattr(EngineVision, "together", 8)
+    pairs = [(torch.rand(3, 64, 64), QUESTIONS[0]) for _ in range(7)]
+    with pytest.warns(UserWarning, match="out of memory: going on with 2 images at a time"):
+        found = ours.trace_batch(pairs, corruption=NOISE)
+    assert sizes == [2, 2, 2, 1]
+    for (picture, question), own in zip(pairs, found, strict=True):
+        alone = tracer("native").trace(picture, question, corruption=NOISE)
+        assert largest_difference(own, alone) <= TOLERANCE
 
 
 def test_what_does_not_fit_by_itself_is_an_error() -> None:

@@ -90,7 +90,7 @@ def make_inputs(
     none, and ValueError, TypeError or OSError for pictures as `Tracer.trace` does.
     """
     if str(device) != "cpu":
-        raise UnsupportedError(f"the device {device!r}", "this version traces on the CPU")
+        raise UnsupportedError(f"the device {device!r}", "ROME's calls are traced on the CPU")
     rows = [getattr(tokenizer, "tokenizer", tokenizer)(prompt).input_ids for prompt in prompts]
     if not rows:
         raise ValueError("no prompts given")
