@@ -175,10 +175,11 @@ def _allow(pages: Tensor, access: int) -> None:
 
 
 class Memory:
-    """What a launch reads and writes, every matrix in the same place of pages of its own."""
+    """What a launch reads and writes, every matrix in the same place of pages of its own; but the one of number
+    `odd` is in that place."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, odd: int | None = None) -> None:
+        self.place, self._odd = place, odd
         # In one kernels load 16 bytes at once and in one they cannot: elsewhere they do as in these two.
         every = place in (Place.ALIGNED, Place.ODD)
         self._orders = ORDERS if every else {"forward": 0}
@@ -187,7 +188,8 @@ class Memory:
     def put(self, values: Tensor, extra: int = 0, written: bool = False) -> Tensor:
         """Values as the kernel is to find them. From one row to the next are `extra` elements, of NaN. A
         kernel can write only what is to be `written`, and so can a test."""
-        self._buffers.append(_Buffer(values, self.place, extra, written))
+        place = Place.ODD if len(self._buffers) == self._odd else self.place
+        self._buffers.append(_Buffer(values, place, extra, written))
         return self._buffers[-1].values
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, extra: int = 0) -> Tensor:

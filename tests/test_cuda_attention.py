@@ -4,6 +4,7 @@ groups on both sides of every choice of a kernel, and what is not finite."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -16,9 +17,13 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=PLACES)
 def memory(request: pytest.FixtureRequest) -> Memory:
-    torch.manual_seed(0)
     return Memory(request.param)
 
 
@@ -53,8 +58,7 @@ CASES = {
     "prefix-alone": Groups(3, 8, [17, 2, 30], [0, 65, 4], [(1, 64), (0, 0), (60, 9)]),
     "many-groups": Groups(1, 16, [0, 1, 2] * 400, [0, 1, 2] * 400, None, True),
 }
-STRIDES = {Place.ALIGNED: (8, 16, 24, 40), Place.LAST: (3, 1, 5, 2), Place.ODD: (8, 24, 16, 40)}
-"""From one row's end to the next one's beginning, of query, key, value and out."""
+EXTRA = {Place.ALIGNED: (8, 16, 24, 40), Place.LAST: (3, 1, 5, 2), Place.ODD: (8, 24, 16, 40)}
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> Tensor:
@@ -76,9 +80,18 @@ def attended(query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: f
     return out
 
 
-def attend(memory: Memory, query: Tensor, key: Tensor, value: Tensor, groups: Groups, scale: float) -> None:
-    """Run the kernel and compare."""
-    extra = STRIDES.get(memory.place, (0, 0, 0, 0))
+def attend(
+    memory: Memory,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    groups: Groups,
+    scale: float,
+    extra: Sequence[int] = (0, 0, 0, 0),
+    floor: float = 3e-7,
+) -> None:
+    """Run the kernel and compare. `extra`: from one row's end to the next one's beginning, of query, key, value
+    and out."""
     q, k, v = (memory.put(x, e) for x, e in zip((query, key, value), extra, strict=False))
     out = memory.room(query.shape, query.dtype, extra[3])
     before = None if groups.prefixes is None else memory.put(torch.tensor(groups.prefixes, dtype=torch.int32))
@@ -91,7 +104,7 @@ def attend(memory: Memory, query: Tensor, key: Tensor, value: Tensor, groups: Gr
             head_size=groups.size, scale=scale, causal=groups.causal,
         )
     )  # fmt: skip
-    near(out, lambda t: attended(query.to(t), key.to(t), value.to(t), groups, scale))
+    near(out, lambda t: attended(query.to(t), key.to(t), value.to(t), groups, scale), floor)
 
 
 def drawn(groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +117,30 @@ def drawn(groups: Groups, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @TYPES
 def test_attention(memory: Memory, name: str, dtype: torch.dtype) -> None:
     groups = CASES[name]
-    attend(memory, *drawn(groups, dtype), groups, 1.5 / math.sqrt(groups.size))
+    extra = EXTRA.get(memory.place, (0, 0, 0, 0))
+    attend(memory, *drawn(groups, dtype), groups, 1.5 / math.sqrt(groups.size), extra)
+
+
+@pytest.mark.parametrize("odd", range(4))
+@TYPES
+def test_attention_of_one_odd_address_or_stride(odd: int, dtype: torch.dtype) -> None:
+    groups = Groups(2, 24, [3, 17], [5, 20])
+    extra = [16, 8, 24, 40]
+    attend(Memory(Place.ALIGNED, odd), *drawn(groups, dtype), groups, 0.3, extra)
+    extra[odd] += 2
+    attend(Memory(Place.ALIGNED), *drawn(groups, dtype), groups, 0.3, extra)
+
+
+@pytest.mark.parametrize("name", ["24-short-causal", "64-long-prefix-causal", "24-long", "64-short"])
+@TYPES
+@places(Place.ALIGNED, Place.ODD)
+def test_attention_whose_scores_are_far_below_zero(memory: Memory, name: str, dtype: torch.dtype) -> None:
+    """A key that is not there must count as -infinity: a score of zero would be all that is left."""
+    groups = CASES[name]
+    query, key, value = drawn(groups, dtype)
+    query[:, :: groups.size], key[:, :: groups.size] = -200, 0.5
+    # a float32 of 100 is off by up to 2^-18, its exponential as much
+    attend(memory, query, key, value, groups, 1.0, floor=2**-15)
 
 
 @places(Place.ALIGNED, Place.LAST)
@@ -160,7 +196,6 @@ def test_attention_to_nothing_but_minus_infinity(
 @TYPES
 def test_attention_of_rows_far_apart(rows: int, dtype: torch.dtype) -> None:
     """Elements, and bytes, that 32 bits do not count."""
-    torch.manual_seed(0)
     groups = Groups(1, 8, [rows], [rows])
     stride = 2**33 // dtype.itemsize // rows
     q, k, v, out = (far_apart(rows, 8, stride, dtype) for _ in range(4))
@@ -187,8 +222,10 @@ STATES = {  # heads, width, queries and states of every group
     "one": (1, 1, [1], [4]),
     "1024-columns": (12, 1024, [1, 2], [40, 18]),
     "1032-columns": (3, 1032, [1], [17]),
-    "more-states-than-room": (5, 24, [1], [1500]),
-    "many-rows": (9, 16, [1] * 350, [3] * 348 + [200, 5]),
+    # one state more than there is room for
+    "1025-states": (5, 24, [1, 1], [1024, 1025]),
+    "641-states": (3, 16, [1, 1], [640, 641]),
+    "129-states": (9, 16, [1] * 350, [3] * 347 + [129, 128, 5]),
 }
 
 
@@ -203,7 +240,13 @@ def attended_states(
 
 
 def attend_states(
-    memory: Memory, query: Tensor, states: Tensor, queries: list[int], counts: list[int], scale: float
+    memory: Memory,
+    query: Tensor,
+    states: Tensor,
+    queries: list[int],
+    counts: list[int],
+    scale: float,
+    floor: float = 3e-7,
 ) -> None:
     """Run the kernel and compare."""
     heads, rows, width = query.shape
@@ -215,8 +258,6 @@ def attend_states(
             rows=rows, groups=len(queries), width=width, heads=heads, scale=scale,
         )
     )  # fmt: skip
-    # of more states than there is room for weights, sums are taken one after the other
-    floor = 5e-6 if max(counts) > 1024 else 3e-7
     near(out, lambda t: attended_states(query.to(t), states.to(t), queries, counts, scale), floor)
 
 
@@ -226,7 +267,30 @@ def test_attend_states(memory: Memory, name: str, dtype: torch.dtype) -> None:
     heads, width, queries, counts = STATES[name]
     query = torch.randn(heads, sum(queries), width).to(dtype)
     states = torch.randn(sum(counts), width).to(dtype)
-    attend_states(memory, query, states, queries, counts, 1.5 / math.sqrt(width))
+    # of more states than there is room for weights, sums are taken one after the other
+    floor = 5e-6 if name == "1025-states" else 3e-7
+    attend_states(memory, query, states, queries, counts, 1.5 / math.sqrt(width), floor)
+
+
+@pytest.mark.parametrize("odd", range(5))
+@TYPES
+def test_attend_states_of_one_odd_address(odd: int, dtype: torch.dtype) -> None:
+    query, states = torch.randn(5, 3, 24).to(dtype), torch.randn(12, 24).to(dtype)
+    attend_states(Memory(Place.ALIGNED, odd), query, states, [1, 2], [5, 7], 0.3)
+
+
+@pytest.mark.parametrize("name", ["uneven", "13-heads", "641-states"])
+@TYPES
+@places(Place.ALIGNED, Place.ODD)
+def test_attend_states_whose_scores_are_far_below_zero(memory: Memory, name: str, dtype: torch.dtype) -> None:
+    """As with `attention`."""
+    heads, width, queries, counts = STATES[name]
+    query, states = (
+        torch.randn(heads, sum(queries), width).to(dtype),
+        torch.randn(sum(counts), width).to(dtype),
+    )
+    query[..., 0], states[:, 0] = -200, 0.5
+    attend_states(memory, query, states, queries, counts, 1.0, floor=2**-15)
 
 
 @pytest.mark.parametrize(("heads", "width", "many"), [(3, 64, 9), (2, 16, 1100), (2, 7, 1100)])
@@ -246,7 +310,6 @@ def test_attend_states_that_are_not_finite(
 
 def test_attend_states_far_behind() -> None:
     """Elements that 32 bits do not count."""
-    torch.manual_seed(0)
     many = 2**28
     states = far_apart(many + 3, 8, 8, torch.float32)
     states[many:] = torch.randn(3, 8)

@@ -33,9 +33,13 @@ from torch import Tensor
 INF, NAN = math.inf, math.nan
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=PLACES)
 def memory(request: pytest.FixtureRequest) -> Memory:
-    torch.manual_seed(0)
     return Memory(request.param)
 
 
@@ -46,11 +50,8 @@ def lines(rows: int, cols: int, dtype: torch.dtype, spread: float = 1.0) -> Tens
 WIDTHS = [1, 5, 35, 256, 264, 512, 520, 768, 776, 1000, 1024, 1032, 2048, 2056, 4096, 4104, 5001]
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(9 if 1 < cols < 768 else 3, cols) for cols in WIDTHS])
-@pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
-@TYPES
-def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: torch.dtype) -> None:
-    """In order with a bias and the sum, gathered without."""
+def add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: torch.dtype) -> None:
+    """Run the kernel, in order with a bias and the sum or gathered without, and compare."""
     updates, stream = (max(1, rows // 2), rows + 2) if gathered else (rows, rows)
     update = memory.put(lines(updates, cols, dtype))
     residual = memory.put(lines(stream, cols, dtype, 2))
@@ -74,6 +75,19 @@ def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: t
     near(normed, lambda t: F.layer_norm(total(t), (cols,), weight.to(t), norm_bias.to(t), 0.1))
     if not gathered:
         near(given["sum"], total)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(9 if 1 < cols < 768 else 3, cols) for cols in WIDTHS])
+@pytest.mark.parametrize("gathered", [False, True], ids=["in-order", "gathered"])
+@TYPES
+def test_add_norm(memory: Memory, rows: int, cols: int, gathered: bool, dtype: torch.dtype) -> None:
+    add_norm(memory, rows, cols, gathered, dtype)
+
+
+@pytest.mark.parametrize("odd", range(7))
+@TYPES
+def test_add_norm_of_one_odd_address(odd: int, dtype: torch.dtype) -> None:
+    add_norm(Memory(Place.ALIGNED, odd), 3, 264, False, dtype)
 
 
 @pytest.mark.parametrize("cols", [768, 35])
@@ -100,7 +114,6 @@ def test_add_norm_of_a_mean_much_larger_than_the_spread(
 
 def test_add_norm_of_rows_far_behind() -> None:
     """Elements that 32 bits do not count."""
-    torch.manual_seed(0)
     rows, many = 5, 2**28 + 5
     update, residual = (far_apart(many, 8, 8, torch.float32) for _ in range(2))
     taken = int32([many - 1, 3, many - 2, many - 1, 2**27])
@@ -119,11 +132,8 @@ def test_add_norm_of_rows_far_behind() -> None:
     near(normed, expected)
 
 
-@pytest.mark.parametrize(
-    ("rows", "cols"), [(1, 1), (3, 5), (4, 8), (5, 136), (13, 1032), (6, 3072), (5, 4097)]
-)
-@TYPES
-def test_bias_gelu(memory: Memory, rows: int, cols: int, dtype: torch.dtype) -> None:
+def bias_gelu(memory: Memory, rows: int, cols: int, dtype: torch.dtype) -> None:
+    """Run the kernel, where there is room for it with what is not finite, and compare."""
     x = lines(rows, cols, dtype, 3)
     if cols > 8:
         x[-1, -5:] = torch.tensor([NAN, INF, -INF, 1e30, -1e30])
@@ -137,6 +147,20 @@ def test_bias_gelu(memory: Memory, rows: int, cols: int, dtype: torch.dtype) -> 
     near(out, lambda t: F.gelu(x.to(t) + bias.to(t)).masked_fill(far, 0))
 
 
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 1), (3, 5), (4, 8), (5, 136), (13, 1032), (6, 3072), (5, 4097)]
+)
+@TYPES
+def test_bias_gelu(memory: Memory, rows: int, cols: int, dtype: torch.dtype) -> None:
+    bias_gelu(memory, rows, cols, dtype)
+
+
+@pytest.mark.parametrize("odd", range(2))
+@TYPES
+def test_bias_gelu_of_one_odd_address(odd: int, dtype: torch.dtype) -> None:
+    bias_gelu(Memory(Place.ALIGNED, odd), 3, 136, dtype)
+
+
 @places(Place.LAST)
 def test_gelu_everywhere(memory: Memory) -> None:
     x = torch.linspace(-20, 20, 100001)
@@ -145,21 +169,6 @@ def test_gelu_everywhere(memory: Memory) -> None:
     memory.launch(BiasGelu(type=torch.float32, bias=bias, x=out, rows=1, cols=100001))
     # a unit in the last place
     assert ((out - F.gelu(x.double())).abs() <= 2**-23 * x.double().abs().clamp(min=1)).all()
-
-
-@pytest.mark.parametrize(
-    ("rows", "steps"),
-    [(1, [1]), (3, [37]), (5, [4096, 4096, 5]), (9, [3001, 2999, 400]), (2, [30524])],
-)
-@TYPES
-def test_fold_logits(memory: Memory, rows: int, steps: list[int], dtype: torch.dtype) -> None:
-    folded(memory, torch.randn(rows, sum(steps)) * 4, torch.randn(sum(steps)).to(dtype), steps)
-
-
-@places(Place.ALIGNED, Place.ODD)
-@TYPES
-def test_fold_logits_of_many_rows(memory: Memory, dtype: torch.dtype) -> None:
-    folded(memory, torch.randn(4099, 20) * 4, torch.randn(20).to(dtype), [20])
 
 
 def folded(memory: Memory, values: Tensor, bias: Tensor, steps: list[int]) -> None:
@@ -196,6 +205,27 @@ def fold(
             )
         )  # fmt: skip
     return logits, log_sum_exp
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [(1, [1]), (3, [37]), (5, [4096, 4096, 5]), (9, [3001, 2999, 400]), (2, [30524])],
+)
+@TYPES
+def test_fold_logits(memory: Memory, rows: int, steps: list[int], dtype: torch.dtype) -> None:
+    folded(memory, torch.randn(rows, sum(steps)) * 4, torch.randn(sum(steps)).to(dtype), steps)
+
+
+@places(Place.ALIGNED, Place.ODD)
+@TYPES
+def test_fold_logits_of_many_rows(memory: Memory, dtype: torch.dtype) -> None:
+    folded(memory, torch.randn(4099, 20) * 4, torch.randn(20).to(dtype), [20])
+
+
+@pytest.mark.parametrize("odd", range(7))
+@TYPES
+def test_fold_logits_of_one_odd_address(odd: int, dtype: torch.dtype) -> None:
+    folded(Memory(Place.ALIGNED, odd), torch.randn(3, 40) * 4, torch.randn(40).to(dtype), [40])
 
 
 @pytest.mark.parametrize("steps", [[12], [4, 4, 4], [5, 1, 6]], ids=str)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from gpu_machines import EMULATED, HERE, MACHINES, Machine, machine
-from test_ops import CASES, Make, call, cast, every_case, int32, matrix, starts
+from test_ops import (
+    CASES,
+    Make,
+    assert_as_near_as_the_reference,
+    call,
+    cast,
+    every_case,
+    int32,
+    matrix,
+    starts,
+)
 from torch import Tensor
 
 from blip_trace import reference
@@ -36,23 +46,11 @@ def done(gpu: Machine, op: str, args: list[Any]) -> tuple[Tensor, ...]:
     return tuple(out.cpu() for out in call(gpu.ops, op, gpu.put(args)))
 
 
-def worst(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact).abs().max().item()
-
-
 @every_case
 @TYPES
 def test_as_near_to_float64_as_the_reference(gpu: Machine, op: str, make: Make, dtype: torch.dtype) -> None:
     args = cast(make(), dtype)
-    exact = call(reference, op, cast(tuple(args), torch.float64))
-    plain = call(reference, op, args)
-    result = done(gpu, op, args)
-    assert len(result) == len(exact)
-    for r, p, e in zip(result, plain, exact, strict=True):
-        assert (r.dtype, r.shape) == (p.dtype, p.shape)
-        assert not r.isnan().any()
-        if r.numel():
-            assert worst(r, e) <= 2 * worst(p, e) + 3e-7 * max(1.0, e.abs().max().item())
+    assert_as_near_as_the_reference(done(gpu, op, args), op, args)
 
 
 @pytest.mark.skipif(HERE, reason="a GPU chooses the order itself")

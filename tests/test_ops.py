@@ -156,6 +156,20 @@ def call(backend: ops.OpSet, op: str, args: list[Any]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else out
 
 
+def assert_as_near_as_the_reference(result: tuple[Tensor, ...], op: str, args: list[Any]) -> None:
+    """To float64: twice as far off at most as plain torch is in the type of the arguments."""
+    exact = call(reference, op, cast(tuple(args), torch.float64))
+    plain = call(reference, op, args)
+    assert len(result) == len(exact)
+    for r, p, e in zip(result, plain, exact, strict=True):
+        assert (r.dtype, r.shape) == (p.dtype, p.shape)
+        assert not r.isnan().any()
+        if r.numel():
+            largest = e.abs().max().item()
+            allowed = 2 * (p.double() - e).abs().max().item() + 3e-7 * max(1.0, largest)
+            assert (r.double() - e).abs().max().item() <= allowed
+
+
 @pytest.fixture
 def native() -> Iterator[ops.OpSet]:
     """The compiled ops; memory that they allocate is full of NaN, and choices made are taken back."""
@@ -186,17 +200,7 @@ def test_as_near_to_float64_as_the_reference(
     extension.set_cpu_capability(capability)
     extension.force_products(way)
     args = cast(make(), dtype)
-    exact = call(reference, op, cast(tuple(args), torch.float64))
-    plain = call(reference, op, args)
-    result = call(native, op, args)
-    assert len(result) == len(exact)
-    for r, p, e in zip(result, plain, exact, strict=True):
-        assert (r.dtype, r.shape) == (p.dtype, p.shape)
-        assert not r.isnan().any()
-        if r.numel():
-            largest = e.abs().max().item()
-            allowed = 2 * (p.double() - e).abs().max().item() + 3e-7 * max(1.0, largest)
-            assert (r.double() - e).abs().max().item() <= allowed
+    assert_as_near_as_the_reference(call(native, op, args), op, args)
 
 
 @every_case

@@ -30,6 +30,8 @@ int run_alone(const char* (*launcher)(const Arguments&, Stream), const void* arg
   if (child == 0) {
     std::signal(SIGABRT, SIG_DFL);
     std::signal(SIGSEGV, [](int) { emulator::fail("touches memory that is not for it."); });
+    for (const int trap : {SIGILL, SIGTRAP})
+      std::signal(trap, [](int) { emulator::fail("an address is no multiple of the size."); });
     const char* wrong = launcher(*static_cast<const Arguments*>(arguments), nullptr);
     if (wrong != nullptr) std::fprintf(stderr, "%s\n", wrong);
     _exit(wrong != nullptr);
