@@ -22,7 +22,7 @@ import blip_trace
 from blip_trace import Tracer, TraceResult
 from blip_trace.sites import Cell, Site
 
-STATES = {"kinds": ("hidden", "cross_attn", "self_attn_head")}
+STATES = {"kinds": ("hidden", "cross_attn")}
 
 
 class Case(NamedTuple):
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 QUESTION = ask("color").text
 NOISE = blip_trace.GaussianNoise(samples=2)
 CASES = {
-    "noise": Case("vqa", {"question": QUESTION, "corruption": NOISE, **STATES}),
+    "noise": Case("vqa", {"question": QUESTION, "corruption": NOISE, "kinds": ("hidden", "self_attn_head")}),
     "corrupted states": Case(
         "vqa", {"question": QUESTION, "corruption": NOISE, "direction": "noise", "window": 3, **STATES}
     ),
