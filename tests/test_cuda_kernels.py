@@ -194,7 +194,9 @@ def fold(
 ) -> tuple[Tensor, Tensor]:
     rows, vocabulary = values.shape
     running = {name: memory.room([rows], torch.float32) for name in ("maximum", "sum")}
-    logits, log_sum_exp = memory.room(tokens.shape, torch.float64), memory.room([rows], torch.float64)
+    # of a token that is no word the logit is NaN, so that room for it is full of something else
+    logits = memory.put(torch.full(tokens.shape, 7.0, dtype=torch.float64), written=True)
+    log_sum_exp = memory.room([rows], torch.float64)
     given = {"bias": memory.put(bias), "tokens": memory.put(tokens), **running}
     for first, block in zip(itertools.accumulate([0, *steps]), values.split(steps, 1), strict=False):
         memory.launch(

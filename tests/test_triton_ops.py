@@ -19,6 +19,7 @@ from blip_trace import kernels, ops, reference
 
 CUDA = torch.cuda.is_available()
 if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    assert os.environ.get("FAIL_WITHOUT_CUDA") != "1", "there is no GPU"
     pytest.skip("no GPU: test_triton_interpreted.py runs this file", allow_module_level=True)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic mode asks for on a GPU
 
