@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..lowering.blip import MODELS
 from ..sites import Cell, Site
 from ..tracer import Tracer
 
@@ -47,7 +48,7 @@ def tracer_of(model: Any, processor: Any = None) -> Tracer:
 
     Raises UnsupportedError for a model that is not on the CPU, and as `Tracer` does.
     """
-    if model.device.type != "cpu":
+    if isinstance(model, MODELS) and model.device.type != "cpu":
         raise UnsupportedError(
             f"a model on {model.device}",
             "other tools' calls are traced on the CPU; Tracer itself takes models on a GPU",
