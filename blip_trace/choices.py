@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .attribution import METHODS, Attribution, Method, Screen
+from .corrupting import Corruption
 from .corruption import (
-    Corruption,
     GaussianNoise,
     ImageAblation,
     ImageRegion,

@@ -1,76 +1,23 @@
 """What corrupts an input: the image or its embeddings, or the question's token embeddings.
 
-A corruption is an object with a method `corrupt`, from `Original` to `Corrupted`, or any callable from the
-clean image embeddings [N, D] to corrupted ones [S, N, D], one for each sample.
+Any of these, or what `corrupting` says of others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import Cache
+from .corrupting import Corrupted, Corruption, InputCorruption, Original, apply
+from .devices import send
 from .sites import check_count
-
-Edit = Callable[[Tensor, slice], Tensor]
-"""Takes the embedded patches [B, N, D] of these samples and returns what is to be encoded in their place."""
-
-
-@dataclass(frozen=True)
-class Original:
-    """What a corruption starts from, and what it may ask for.
-
-    pixels [1, 3, H, W]; states() [N, D], the clean image embeddings, of shape `image_shape`; ids [T] and
-    words [T, C], the question's tokens and their embeddings (before positions and norm), of a table whose
-    standard deviation is `words_std()`; labels [T]. `enter(pixels [S, 3, H, W], edit)` gives what stands for
-    these images in the model, with `edit` applied to the embedded patches [S, N, D] first: image embeddings
-    [S, N, D] or, where the image encoder itself is traced, those patches; `states` raises ValueError then.
-    `image` makes the same of an image as a user hands it in, [1, N, D], once for each. `question` turns what
-    a user hands in into ids, `embed` ids into words, `find` a phrase into its tokens.
-    """
-
-    pixels: Tensor
-    states: Callable[[], Tensor]
-    image_shape: tuple[int, int]
-    ids: Tensor
-    words: Tensor
-    words_std: Callable[[], float]
-    labels: tuple[str, ...]
-    enter: Callable[[Tensor, Edit | None], Tensor]
-    image: Callable[[Any], Tensor]
-    question: Callable[[Any], Tensor]
-    embed: Callable[[Tensor], Tensor]
-    find: Callable[[str], range]
-
-
-@dataclass(frozen=True)
-class Corrupted:
-    """Corrupted inputs of S samples: images [S, N, D], as `Original.enter` or `Original.states` gave them,
-    and words [S, T, C]; None: that is left clean. `note` tells what was changed, where that is not plain from
-    the corruption."""
-
-    images: Tensor | None = None
-    words: Tensor | None = None
-    note: str = ""
-
-
-@runtime_checkable
-class InputCorruption(Protocol):
-    """A corruption that sees the whole input."""
-
-    def corrupt(self, original: Original) -> Corrupted:
-        """Corrupt it."""
-        ...
-
-
-Corruption = Callable[[Tensor], Tensor] | InputCorruption
-
 
 _noises = Cache[Tensor](2**26, lambda noise: noise.nbytes)
 
@@ -109,7 +56,7 @@ class _Noise:
         def draw() -> Tensor:
             generator = torch.Generator().manual_seed(self.seed)
             noise = torch.randn((self.samples, *shape), generator=generator)
-            return noise.mul_(self.std).add_(self.mean).to(device)
+            return send(noise.mul_(self.std).add_(self.mean), device)
 
         return _noises.get((self.seed, self.samples, self.std, self.mean, shape, device), draw)
 
@@ -193,7 +140,7 @@ class TokenNoise:
             noise = torch.rand(shape, generator=generator) * 2 - 1
         corrupted = words.repeat(self.samples, 1, 1)
         scale = self.std * (original.words_std() if self.relative else 1.0)
-        corrupted[:, tokens.start : tokens.stop] += noise.to(words.device) * scale
+        corrupted[:, tokens.start : tokens.stop] += send(noise, words.device) * scale
         spoilt = " ".join(original.labels[t] for t in tokens)
         return Corrupted(words=corrupted, note=f"tokens {tokens.start} to {tokens.stop - 1}: {spoilt}")
 
@@ -333,7 +280,7 @@ class Together:
 
     def corrupt(self, original: Original) -> Corrupted:
         """Raises ValueError where two of them change the same input, or draw different numbers of samples."""
-        all_made = [corrupt(corruption, original) for corruption in self.corruptions]
+        all_made = [apply(corruption, original) for corruption in self.corruptions]
         images, words = (
             [x for x in part if x is not None]
             for part in zip(*((m.images, m.words) for m in all_made), strict=True)
@@ -366,40 +313,6 @@ def check_corruption(corruption: Corruption | None) -> Corruption:
     if not callable(corruption) and not isinstance(corruption, InputCorruption):
         raise TypeError(f"a corruption must be callable, not {type(corruption).__name__}")
     return corruption
-
-
-def corrupt(corruption: Corruption, original: Original) -> Corrupted:
-    """Apply a corruption and check what it returns; images and words come in the type of the clean ones.
-
-    Raises TypeError or ValueError where it returns something else, another shape, or NaN or infinity.
-    """
-    if not isinstance(corruption, InputCorruption):
-        states = original.states()
-        return Corrupted(images=_checked(corruption(states), original.image_shape, original.words.dtype))
-    made = corruption.corrupt(original)
-    if not isinstance(made, Corrupted) or (made.images is None and made.words is None):
-        raise TypeError("a corruption must return a Corrupted with images, words or both")
-    images, words = made.images, made.words
-    if images is not None:
-        images = _checked(images, original.image_shape, original.words.dtype)
-    if words is not None:
-        words = _checked(words, original.words.shape, original.words.dtype)
-    if images is not None and words is not None and len(images) != len(words):
-        raise ValueError(
-            f"image and text must be corrupted in as many samples each, not in {len(images)} and {len(words)}"
-        )
-    return Corrupted(images, words, made.note)
-
-
-def _checked(corrupted: object, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    expected = f"[samples, {', '.join(map(str, shape))}]"
-    if not isinstance(corrupted, Tensor):
-        raise TypeError(f"a corruption must return a tensor {expected}, not {type(corrupted).__name__}")
-    if corrupted.dim() != 3 or corrupted.shape[1:] != torch.Size(shape) or corrupted.shape[0] == 0:
-        raise ValueError(f"a corruption must return {expected}, not {list(corrupted.shape)}")
-    if not bool(torch.isfinite(corrupted).all()):
-        raise ValueError("the corruption made NaN or infinite embeddings")
-    return corrupted.to(dtype)
 
 
 def _check_std(std: float) -> None:

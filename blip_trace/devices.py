@@ -1,8 +1,12 @@
-"""Where tensors are: devices by name, and numbers that come back from one while it works on."""
+"""Where tensors are: devices by name, and numbers that go to one and come back while it works on.
+
+All that goes to a GPU goes by `send`, and all that comes back by `fetch`: torch's own `to` waits until the
+GPU has done everything that it was given before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +32,22 @@ def parse_device(name: str) -> torch.device:
         if device.index >= found:
             raise ValueError(f"there is no device {name!r}: this machine has {found}, counted from 0")
     return device
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; of a GPU itself. Nothing is waited for."""
+    return values if values.device == device else send_all([values], device)
+
+
+def send_all(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Tensors of the CPU, one behind the other, on a device. Nothing is waited for."""
+    if device.type != "cuda":
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    # what a GPU reads while this process goes on must be pinned; torch keeps it until it was read
+    pinned = torch.empty(shape, dtype=parts[0].dtype, pin_memory=True)
+    torch.cat(list(parts), out=pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 def fetch(values: Tensor) -> Callable[[], Tensor]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import send_all
 from .program import Norm, PatchEmbedding, Program, Stack, TokenEmbedding
 from .task import Task
 
@@ -25,13 +26,13 @@ def embed_texts(program: Program, stack: Stack, tasks: Sequence[Task]) -> Tensor
     table = word_table(stack)
     first = stack is program.texts[0]
     ids = [_entering(program, task, first) for task in tasks]
-    words = table[torch.cat(ids).to(table.device)]
+    words = table[send_all(ids, table.device)]
     copies = [1 + task.samples * (first and task.words is not None) for task in tasks]
     if max(copies) > 1:
         parts = words.split([len(own) for own in ids])
         words = torch.cat([_with_corrupted(own, task) for own, task in zip(parts, tasks, strict=True)])
     places = [torch.arange(len(own)).repeat(n) for own, n in zip(ids, copies, strict=True)]
-    positions = stack.embedding.positions[torch.cat(places).to(table.device)]
+    positions = stack.embedding.positions[send_all(places, table.device)]
     return layer_norm(words + positions, stack.embedding.norm)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .devices import fetch
+from .devices import fetch, send
 from .embedding import layer_norm
 from .metrics import OWN, Readings, Reads, check_foil, completed, vocabulary_readings
 from .ops import OpSet
@@ -48,9 +48,9 @@ def read_answers(head: Head, ops: OpSet, hidden: Tensor, asked: Sequence[Asked])
         asked = _known(asked, fetch(best)())
         best = None
     tokens, owner = _tokens(len(hidden), asked)
-    tokens = tokens.to(hidden.device)
+    tokens = send(tokens, hidden.device)
     if best is not None:
-        own = best[owner.to(hidden.device)][:, None]
+        own = best[send(owner, hidden.device)][:, None]
         tokens = torch.where(tokens == OWN, own, tokens)
     logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens)
     over_vocabulary = {
@@ -83,7 +83,7 @@ def _most_probable(head: Head, ops: OpSet, hidden: Tensor, asked: Sequence[Asked
     all answers are known: then the logits of all words need not be computed."""
     if all(question.answer_ids[-1] != OWN for question in asked):
         return None
-    rows = torch.stack([question.rows[0, -1] for question in asked]).to(hidden.device)
+    rows = send(torch.stack([question.rows[0, -1] for question in asked]), hidden.device)
     return _all_logits(head, ops, hidden[rows]).argmax(-1)
 
 
@@ -111,7 +111,7 @@ def _everything(
 ) -> Callable[[], tuple[Tensor, Readings]]:
     """The answer [A] and the logits [runs, A, V]; runs that share rows share the work."""
     distinct, of_run = question.rows.unique(return_inverse=True)
-    logits = fetch(_all_logits(head, ops, hidden[distinct.to(hidden.device)]))
+    logits = fetch(_all_logits(head, ops, hidden[send(distinct, hidden.device)]))
 
     def wait() -> tuple[Tensor, Readings]:
         known = logits()
@@ -147,8 +147,8 @@ def _over_vocabulary(
                 log_sum_exp[clean_row],
                 tokens[clean_row, 0],
             )
-            for own in distinct.to(device).split(block)
+            for own in send(distinct, device).split(block)
         ]
         for number, part in enumerate(zip(*parts, strict=True)):
-            readings[number, :, place] = torch.cat(part)[of_run.to(device)]
+            readings[number, :, place] = torch.cat(part)[send(of_run, device)]
     return readings

@@ -8,20 +8,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .assemble import Assembler
-from .corruption import Corruption, check_corruption
+from .corrupting import Corruption
+from .corruption import check_corruption
 from .measuring import Measurer, Progress
 from .metrics import Reads
-from .prepare import Asked, Changed, Prepared, Preparer, Vision, Wanted
+from .prepare import Asked, Changed, Prepared, Preparer, Wanted
 from .request import Grids, Request
 from .result import TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
-from .task import Task
+from .task import Scores, Task
+from .vision import Vision
 
 UNCORRUPTED: Literal["none"] = "none"
 """In the place of a corruption: all runs start from the clean input."""
 
 QUESTIONS_AT_ONCE = 64
 """That are prepared together; on a GPU the next ones while it works on these."""
+
+ASKED = Wanted(cells=(), direction="denoise", reads="logits", patches=False)
+"""Of a question that is only asked."""
 
 
 @dataclass(frozen=True)
@@ -40,29 +45,47 @@ class Mapper:
         """Maps of all questions, a part after the other: inputs of many would not fit into memory."""
         results: list[TraceResult] = []
         finish: Callable[[], list[TraceResult]] = list
-        for first in range(0, len(asked), QUESTIONS_AT_ONCE):
-            part = asked[first : first + QUESTIONS_AT_ONCE]
-            prepared = self.prepare(request, part, [corruption] * len(part))
-            begun = self.begin(request, prepared, _share(progress, first, len(part), len(asked)))
+        parts = [
+            asked[first : first + QUESTIONS_AT_ONCE] for first in range(0, len(asked), QUESTIONS_AT_ONCE)
+        ]
+        ahead = self.measurer.program.device.type == "cuda"
+        coming: Callable[[], list[Prepared]] | None = None
+        for number, part in enumerate(parts):
+            preparing = coming or self.preparing(request, part, [corruption] * len(part))
+            prepared, coming = preparing(), None
+            if ahead and number + 1 < len(parts):
+                # a GPU is to have the next part's images behind it before it gets this part's pass: then
+                # they need not be waited for, and it never waits for this process
+                coming = self.preparing(request, parts[number + 1], [corruption] * len(parts[number + 1]))
+            shared = _share(progress, number * QUESTIONS_AT_ONCE, len(part), len(asked))
+            begun = self.begin(request, prepared, shared)
             results += finish()
             finish = begun
         return results + finish()
 
-    def prepare(
+    def preparing(
         self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
-    ) -> list[Prepared]:
-        """Encode the questions' images and corrupt each in its way."""
-        images = (
-            [None] * len(asked) if "vision" in request.stacks else self.preparer.encode(self.vision, asked)
-        )
-        prepared = []
-        for own, corruption, image in zip(asked, corruptions, images, strict=True):
-            grids = request.grids(self.preparer.shapes(own))
-            wanted = self._wanted(request, grids)
-            task, note = self.preparer.task(self.vision, own, corruption, wanted, image)
-            settings = {"corruption": repr(corruption), "corrupted": note}
-            prepared.append(Prepared(own, grids, task, settings))
-        return prepared
+    ) -> Callable[[], list[Prepared]]:
+        """Encode the questions' images and corrupt each in its way; what is returned waits for a GPU that
+        does that. Raises, now or then, as `Tracer.prepare` does."""
+        grids = [request.grids(self.preparer.shapes(own)) for own in asked]
+        wanted = [self._wanted(request, own) for own in grids]
+        waiting = self.preparer.tasks(self.vision, asked, corruptions, wanted)
+
+        def finish() -> list[Prepared]:
+            return [
+                Prepared(own, grid, task, {"corruption": repr(corruption), "corrupted": note})
+                for own, grid, corruption, (task, note) in zip(
+                    asked, grids, corruptions, waiting(), strict=True
+                )
+            ]
+
+        return finish
+
+    def unchanged(self, asked: Sequence[Asked]) -> list[Scores]:
+        """All that the model says to questions as they are."""
+        tasks = self.preparer.tasks(self.vision, asked, [None] * len(asked), [ASKED] * len(asked))()
+        return self.measurer.score([task for task, _ in tasks], None)
 
     def begin(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None
@@ -102,7 +125,7 @@ class Mapper:
         distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
         stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
         wanted = Wanted(tuple(distinct), direction, reads, "vision" in stacks)
-        task, note = self.preparer.task(self.vision, asked, applied, wanted)
+        ((task, note),) = self.preparer.tasks(self.vision, [asked], [applied], [wanted])()
         named = UNCORRUPTED if applied is None else repr(applied)
         settings = {**self.settings, "direction": direction, "corruption": named, "corrupted": note}
         return Changed(task, [distinct[cell] for cell in checked], settings)

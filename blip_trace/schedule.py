@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .contexts import Attended, Contexts, Knockout, Override
+from .devices import send
 from .layout import Ints, Layout, int32
 from .runs import Change, Job, Lose, Take, bases_of, changes_of, inputs_of
 from .sites import KINDS
@@ -126,7 +127,7 @@ def located(plan: Plan, device: torch.device) -> Plan:
 def _moved(node: Any, device: torch.device) -> Any:
     """A part of a plan with all its tensors on a device."""
     if isinstance(node, Tensor):
-        return node.to(device)
+        return send(node, device)
     if isinstance(node, tuple):
         return tuple(_moved(child, device) for child in node)
     if isinstance(node, StackPlan | Step | Knockout):

@@ -16,7 +16,8 @@ from torch import Tensor
 from . import __version__
 from .assemble import Assembler
 from .attribution import Screened
-from .corruption import Corruption, check_corruption
+from .corrupting import Corruption
+from .corruption import check_corruption
 from .decoding import decode
 from .devices import parse_device
 from .graphs import Graphs
@@ -27,17 +28,16 @@ from .mapping import Mapper
 from .measuring import Forecast, Measurer, Progress
 from .metrics import OWN, check_foil, check_metrics, reads_of
 from .ops import OpSet, choose_backend, get_ops
-from .prepare import Asked, EngineVision, HooksVision, Prepared, Preparer, Vision, Wanted
+from .prepare import Asked, Prepared, Preparer
 from .program import Program
 from .request import Options, Request, check_request
 from .result import Logits, Restored, TraceResult
 from .sites import Cell, Site, check_names
-from .task import Scores
+from .vision import EngineVision, HooksVision, Vision
 
 Backend = Literal["auto", "native", "triton", "reference", "hooks"]
 Image = str | Path | PIL.Image.Image | Tensor
 BACKENDS = ("auto", "native", "triton", "reference", "hooks")
-ASKED = Wanted(cells=(), direction="denoise", reads="logits", patches=False)
 
 
 class Tracer:
@@ -259,7 +259,7 @@ class Tracer:
         self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
     ) -> list[Prepared]:
         """The same of several questions, each with its corruption; a GPU encodes their images together."""
-        return self._mapper.prepare(request, asked, corruptions)
+        return self._mapper.preparing(request, asked, corruptions)()
 
     def measure(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None = None
@@ -290,17 +290,7 @@ class Tracer:
 
         guesses: what it may say; a right guess saves time and changes nothing.
         """
-
-        def score(questions: Sequence[Asked]) -> list[Scores]:
-            vision = self._vision
-            images = self._preparer.encode(vision, questions)
-            tasks = [
-                self._preparer.task(vision, own, None, ASKED, image)[0]
-                for own, image in zip(questions, images, strict=True)
-            ]
-            return self._measurer.score(tasks, None)
-
-        return decode(self.inputs, score, asked, guesses or [None] * len(asked), max_tokens)
+        return decode(self.inputs, self._mapper.unchanged, asked, guesses or [None] * len(asked), max_tokens)
 
     def restore(
         self,

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from blip_trace import Tracer, devices, head, measuring
+from blip_trace import Tracer, checks, devices, head, measuring
 
 GPU = torch.device("cuda", 0)
 
@@ -30,6 +31,7 @@ class _Redirected(TorchFunctionMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: list[str] = []
+        self.pinned = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -38,7 +40,7 @@ class _Redirected(TorchFunctionMode):
         there = any(isinstance(x, FakeTensor) for x in given)
         named = any(isinstance(x, torch.device | str) and str(x).startswith("cuda") for x in given)
         if not (there or named):
-            return func(*args, **(kwargs or {}))
+            return self._here(func, args, dict(kwargs or {}))
         if there and func is Tensor.__bool__:
             self.waits.append("bool")
             return True
@@ -51,10 +53,22 @@ class _Redirected(TorchFunctionMode):
             if func is Tensor.__setitem__:
                 self._put(*args)
                 return None
+            if func is torch.tensor:
+                self.waits.append("numbers of this process")
             if func is Tensor.to and named and not there:
+                if args[0] not in self.pinned or not (kwargs or {}).get("non_blocking"):
+                    self.waits.append("what is sent")
                 dtype = next((x for x in given if isinstance(x, torch.dtype)), args[0].dtype)
                 return torch.empty(args[0].shape, dtype=dtype, device=GPU)
             return func(*args, **(kwargs or {}))
+
+    def _here(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """On the CPU; memory that a GPU could read by itself is only noted, for there is no driver."""
+        if not kwargs.pop("pin_memory", False):
+            return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        self.pinned[made] = True
+        return made
 
     def _put(self, whole: Tensor, places: Any, values: Any) -> None:
         if isinstance(values, Tensor):
@@ -83,9 +97,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     def fetch(values: Tensor) -> Callable[[], Tensor]:
         if not isinstance(values, FakeTensor):
             return devices.fetch(values)
-        return lambda: torch.zeros(values.shape, dtype=values.dtype)
+        return lambda: torch.ones(values.shape, dtype=values.dtype)
 
-    for module in (head, measuring):
+    for module in (checks, head, measuring):
         monkeypatch.setattr(module, "fetch", fetch)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**34, 2**35))
     with _Redirected() as mode:

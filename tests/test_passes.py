@@ -18,8 +18,8 @@ from blip_trace import GaussianNoise, Tracer, engine, mapping, passes, reference
 from blip_trace.graphs import KEPT, Graphs
 from blip_trace.ops import get_ops
 from blip_trace.passes import Part, pack
-from blip_trace.prepare import EngineVision
 from blip_trace.task import Task
+from blip_trace.vision import EngineVision
 
 QUESTIONS = [ask(kind).text for kind in ("color", "count", "color", "shape", "color", "color", "count")]
 NOISE = GaussianNoise(samples=2)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BlipForQuestionAnswering
 
-from ..corruption import Corruption, InputCorruption
+from ..corrupting import Corruption, InputCorruption
 from ..sites import Cell, Site
 from .models import UnsupportedError, tracer_of
 from .wrapped import Ends, Input, Pair, Place, foreign_hooks, patched_logits, places, rows_of

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..corruption import Corruption, ImageSwap, Together, TokenSwap
+from ..corrupting import Corruption
+from ..corruption import ImageSwap, Together, TokenSwap
 from ..hooks import site_module
 from ..mapping import UNCORRUPTED
 from ..sites import Cell, Site

@@ -12,7 +12,8 @@ import PIL.Image
 
 from ..attribution import METHODS
 from ..choices import CORRUPTIONS, count_samples, make_corruption, make_method
-from ..corruption import Corruption, ImageSwap, Together, TokenSwap
+from ..corrupting import Corruption
+from ..corruption import ImageSwap, Together, TokenSwap
 from ..sites import check_count, check_names
 from .sample import Sample
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...corruption import Corruption, ImageSwap, Together, TokenSwap
+from ...corrupting import Corruption
+from ...corruption import ImageSwap, Together, TokenSwap
 from ...sites import Cell
 from ...tracer import Tracer
 from ..layers import STACKS, layer_name, site

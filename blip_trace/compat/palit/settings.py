@@ -8,7 +8,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from ...corruption import Corruption, GaussianNoise
+from ...corrupting import Corruption
+from ...corruption import GaussianNoise
 from ...sites import check_count, check_names
 from ..models import UnsupportedError
 

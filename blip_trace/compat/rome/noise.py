@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import hooks
-from ...corruption import Corrupted, Original
+from ...corrupting import Corrupted, Original
 from .inputs import ModelAndTokenizer
 
 SEED = 1

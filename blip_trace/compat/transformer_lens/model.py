@@ -13,7 +13,8 @@ from transformer_lens.ActivationCache import ActivationCache
 from transformer_lens.config import TransformerLensConfig
 from transformer_lens.hook_points import HookPoint
 
-from ...corruption import Corruption, check_corruption
+from ...corrupting import Corruption
+from ...corruption import check_corruption
 from ...sites import check_names
 from ...tracer import Image, Tracer
 from ..models import UnsupportedError, tracer_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import hooks
-from ...corruption import Corrupted, Original
+from ...corrupting import Corrupted, Original
 from ...result import Logits
 from ...sites import Cell, Site
 from ...tracer import Tracer

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import hooks
-from ...corruption import Corrupted, Corruption, Edit, Original, corrupt
+from ...checks import Checks
+from ...corrupting import Corrupted, Corruption, Edit, Original, corrupt
 from ...tracer import Tracer
 
 
@@ -97,9 +98,8 @@ def make_rows(
         if corruption is not None:
             key = (picture, *own.tolist())
             if key not in made:
-                made[key] = corrupt(
-                    corruption, _original(tracer, pictures.pixels[picture], own, states[picture])
-                )
+                original = _original(tracer, pictures.pixels[picture], own, states[picture])
+                made[key] = corrupt(corruption, original, Checks())
             changed = made[key]
         images, words = (_sample(part, number, count) for part in (changed.images, changed.words))
         rows.append(
