@@ -40,7 +40,7 @@ class Graphs:
 
     def run(self, key: Hashable, function: Function, *inputs: Tensor) -> Tensor:
         """What the function makes of the inputs. It must not wait for the device, and what it makes is
-        overwritten by the next run of the same key.
+        overwritten by the next run of any.
 
         The function is kept as long as the key is known: a key may hold the `id` of what the function holds.
         """

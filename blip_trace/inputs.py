@@ -14,6 +14,9 @@ from torch import Tensor
 
 from .images import open_image
 from .metrics import OWN
+from .threads import side_by_side
+
+Image = str | Path | PIL.Image.Image | Tensor
 
 MATCH = {0: "no match", 1: "match"}
 """What a matching head says."""
@@ -33,7 +36,15 @@ class Inputs:
         """The class that prepares images: preprocessing is part of the result."""
         return type(self._processor.image_processor).__name__ if self._processor is not None else None
 
-    def pixels(self, image: str | Path | PIL.Image.Image | Tensor) -> Tensor:
+    def all_pixels(self, images: Sequence[Image]) -> list[Tensor]:
+        """Of several images what `pixels` gives, read side by side; one that comes again is read once, and is
+        the same tensor."""
+        keys = [str(image) if isinstance(image, str | Path) else id(image) for image in images]
+        distinct = dict(zip(keys, images, strict=True))
+        made = dict(zip(distinct, side_by_side(self.pixels, list(distinct.values())), strict=True))
+        return [made[key] for key in keys]
+
+    def pixels(self, image: Image) -> Tensor:
         """Pixel values [1, 3, H, W] in float32, on the CPU."""
         if isinstance(image, Tensor):
             pixels = image[None] if image.dim() == 3 else image

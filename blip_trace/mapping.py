@@ -13,7 +13,7 @@ from .corruption import check_corruption
 from .measuring import Measurer, Progress
 from .metrics import Reads
 from .prepare import Asked, Changed, Prepared, Preparer, Wanted
-from .request import Grids, Request
+from .request import Maps, Request
 from .result import TraceResult
 from .sites import DIRECTIONS, Cell, Site, check_cells, check_names
 from .task import Scores, Task
@@ -68,15 +68,15 @@ class Mapper:
     ) -> Callable[[], list[Prepared]]:
         """Encode the questions' images and corrupt each in its way; what is returned waits for a GPU that
         does that. Raises, now or then, as `Tracer.prepare` does."""
-        grids = [request.grids(self.preparer.shapes(own)) for own in asked]
-        wanted = [self._wanted(request, own) for own in grids]
+        maps = [request.maps(self.preparer.shapes(own)) for own in asked]
+        wanted = [_wanted(request, own) for own in maps]
         waiting = self.preparer.tasks(self.vision, asked, corruptions, wanted)
 
         def finish() -> list[Prepared]:
             return [
-                Prepared(own, grid, task, {"corruption": repr(corruption), "corrupted": note})
-                for own, grid, corruption, (task, note) in zip(
-                    asked, grids, corruptions, waiting(), strict=True
+                Prepared(own, made.grids, task, {"corruption": repr(corruption), "corrupted": note})
+                for own, made, corruption, (task, note) in zip(
+                    asked, maps, corruptions, waiting(), strict=True
                 )
             ]
 
@@ -106,7 +106,7 @@ class Mapper:
 
     def outline(self, request: Request, asked: Asked, samples: int) -> Task:
         """A task of the same shape as that of a question whose image is corrupted in so many samples."""
-        wanted = self._wanted(request, request.grids(self.preparer.shapes(asked)))
+        wanted = _wanted(request, request.maps(self.preparer.shapes(asked)))
         return self.preparer.outline(asked, samples, wanted)
 
     def changed(
@@ -130,9 +130,9 @@ class Mapper:
         settings = {**self.settings, "direction": direction, "corruption": named, "corrupted": note}
         return Changed(task, [distinct[cell] for cell in checked], settings)
 
-    def _wanted(self, request: Request, grids: Grids) -> Wanted:
-        cells = tuple(cell for grid in grids.values() for cell in grid.cells)
-        return Wanted(cells, request.direction, request.reads, "vision" in request.stacks)
+
+def _wanted(request: Request, maps: Maps) -> Wanted:
+    return Wanted(maps.cells, request.direction, request.reads, "vision" in request.stacks)
 
 
 def _share(progress: Progress | None, first: int, count: int, total: int) -> Progress | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypedDict
 
 from .attribution import Method, check_method
@@ -64,7 +65,12 @@ class Grid:
     positions: tuple[int, ...]
 
 
-Grids = Mapping[tuple[str, str], Grid]
+@dataclass(frozen=True)
+class Maps:
+    """All maps of one question by (stack, kind), and all their cells, one map behind the other."""
+
+    grids: Mapping[tuple[str, str], Grid]
+    cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
@@ -80,39 +86,33 @@ class Request:
     sever: tuple[str, ...]
     patch_group: int
     method: Method | None
-    _made: dict[tuple[tuple[str, Shape], ...], Grids] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[tuple[tuple[str, Shape], ...], Maps] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def reads(self) -> Reads:
         """What the metrics take."""
         return reads_of(self.metrics)
 
-    def grids(self, shapes: Mapping[str, Shape]) -> Grids:
-        """The maps of a question whose stacks have these shapes, by (stack, kind), made once for each shape.
+    def maps(self, shapes: Mapping[str, Shape]) -> Maps:
+        """The maps of a question whose stacks have these shapes, made once for each shape.
 
         Raises ValueError for tokens that are not there.
         """
         key = tuple(shapes.items())
         if key not in self._made:
-            self._made[key] = self._grids(shapes)
+            grids = {
+                (stack, kind): self._grid(stack, kind, shapes[stack])
+                for stack in self.stacks
+                for kind in self.kinds
+            }
+            self._made[key] = Maps(grids, tuple(cell for grid in grids.values() for cell in grid.cells))
         return self._made[key]
 
-    def _grids(self, shapes: Mapping[str, Shape]) -> Grids:
-        grids = {}
-        for stack in self.stacks:
-            shape = shapes[stack]
-            if stack == "vision":
-                named = patch_groups(round((shape.tokens - 1) ** 0.5), self.patch_group)
-                labels, groups = tuple(named), list(named.values())
-            else:
-                labels = None
-                groups = [(token,) for token in check_tokens(self.tokens.get(stack), shape.tokens)]
-            for kind in self.kinds:
-                cells = grid_cells(stack, kind, groups, shape, self.window, self.sever)
-                heads = (shape.heads,) if kind in HEAD_KINDS else ()
-                size = (*heads, len(groups), shape.layers)
-                grids[stack, kind] = Grid(tuple(cells), size, labels, tuple(group[0] for group in groups))
-        return grids
+    def _grid(self, stack: str, kind: str, shape: Shape) -> Grid:
+        if stack == "vision":
+            return _image_grid(kind, shape, self.window, self.sever, self.patch_group)
+        tokens = check_tokens(self.tokens.get(stack), shape.tokens)
+        return _text_grid(stack, kind, tuple(tokens), shape, self.window, self.sever)
 
     def settings(self) -> dict[str, Any]:
         """What a result says of it."""
@@ -123,6 +123,27 @@ class Request:
             "patch_group": self.patch_group,
             "method": "exact" if self.method is None else repr(self.method),
         }
+
+
+# Cells are made once: plans and passes compare them, and the same ones are compared in no time.
+@lru_cache(maxsize=256)
+def _text_grid(
+    stack: str, kind: str, tokens: tuple[int, ...], shape: Shape, window: int, sever: tuple[str, ...]
+) -> Grid:
+    cells = grid_cells(stack, kind, [(token,) for token in tokens], shape, window, sever)
+    return Grid(tuple(cells), (*_heads(kind, shape), len(tokens), shape.layers), None, tokens)
+
+
+@lru_cache(maxsize=16)
+def _image_grid(kind: str, shape: Shape, window: int, sever: tuple[str, ...], patch_group: int) -> Grid:
+    named = patch_groups(round((shape.tokens - 1) ** 0.5), patch_group)
+    cells = grid_cells("vision", kind, named.values(), shape, window, sever)
+    size = (*_heads(kind, shape), len(named), shape.layers)
+    return Grid(tuple(cells), size, tuple(named), tuple(group[0] for group in named.values()))
+
+
+def _heads(kind: str, shape: Shape) -> tuple[int, ...]:
+    return (shape.heads,) if kind in HEAD_KINDS else ()
 
 
 def check_request(

@@ -30,6 +30,11 @@ class Job:
     images: bool = True
     words: bool = False
 
+    def __hash__(self) -> int:
+        # all cells would take longer than planning saves; equal jobs mostly hold the very same ones
+        rest = (self.samples, len(self.cells), self.direction, self.images, self.words)
+        return hash((self.tokens, self.reads, *rest))
+
     @property
     def image_sets(self) -> int:
         """Sets of image states that the job brings: the clean one and, where images are corrupted, one for

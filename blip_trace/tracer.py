@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-import PIL.Image
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from .corruption import check_corruption
 from .decoding import decode
 from .devices import parse_device
 from .graphs import Graphs
+from .inputs import Image as Image
 from .inputs import Inputs
 from .lowering.blip import MODELS, Blip, lower
 from .lowering.load import load_model, parse_dtype
@@ -36,7 +36,6 @@ from .sites import Cell, Site, check_names
 from .vision import EngineVision, HooksVision, Vision
 
 Backend = Literal["auto", "native", "triton", "reference", "hooks"]
-Image = str | Path | PIL.Image.Image | Tensor
 BACKENDS = ("auto", "native", "triton", "reference", "hooks")
 
 
@@ -240,15 +239,8 @@ class Tracer:
         foil: str | int | None = None,
     ) -> Asked:
         """A question as `trace` takes it, checked and turned into tensors. Raises as `trace` does."""
-        inputs = self.inputs
-        answer_ids = inputs.answer_ids(answer)
-        foil_ids = None if foil is None else inputs.answer_ids(foil)
-        if foil_ids is not None and answer_ids[-1] != OWN:
-            check_foil(answer_ids, foil_ids)
-        text_ids = inputs.text_ids(question, answer_ids)
-        return Asked(
-            inputs.pixels(image), text_ids, answer_ids, foil_ids, inputs.question_text(question, text_ids)
-        )
+        foils = None if foil is None else [foil]
+        return self._ask_all([(image, question)], [answer], foils)[0]
 
     def prepare(self, request: Request, asked: Asked, corruption: Corruption) -> Prepared:
         """Encode a question's image and corrupt it. Raises ValueError or TypeError, in one sentence, where
@@ -361,15 +353,16 @@ class Tracer:
                 raise ValueError(f"{len(pairs)} questions but {len(given)} {what}")
         if foils is not None and None in foils:
             raise ValueError("a foil is an answer, not None")
-        return [
-            self.ask(
-                image,
-                question,
-                None if answers is None else answers[number],
-                None if foils is None else foils[number],
-            )
-            for number, (image, question) in enumerate(pairs)
-        ]
+        inputs, asked = self.inputs, []
+        for number, (_, question) in enumerate(pairs):
+            answer_ids = inputs.answer_ids(None if answers is None else answers[number])
+            foil_ids = None if foils is None else inputs.answer_ids(foils[number])
+            if foil_ids is not None and answer_ids[-1] != OWN:
+                check_foil(answer_ids, foil_ids)
+            text_ids = inputs.text_ids(question, answer_ids)
+            asked.append((text_ids, answer_ids, foil_ids, inputs.question_text(question, text_ids)))
+        pixels = inputs.all_pixels([image for image, _ in pairs])
+        return [Asked(own, *text) for own, text in zip(pixels, asked, strict=True)]
 
     def token_ids(self, asked: Asked, answer_ids: Sequence[int]) -> dict[str, list[int]]:
         """The tokens of each text stack, in a run that is scored by this answer."""

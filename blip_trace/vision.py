@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +21,7 @@ from .graphs import Graphs
 from .ops import OpSet
 from .passes import budget
 from .program import PatchEmbedding, Program
+from .threads import side_by_side
 
 CACHED_BYTES = 2**28
 """Of encoded images."""
@@ -152,12 +152,7 @@ class Images:
     def _hashed(self, pictures: Sequence[Tensor]) -> list[bytes]:
         """A key for each image's pixel values; each tensor is read once, and several side by side."""
         new = [own for own in dict.fromkeys(pictures) if own not in self._keys]
-        if len(new) > 1:
-            with ThreadPoolExecutor() as threads:
-                made = list(threads.map(_digest, new))
-        else:
-            made = [_digest(own) for own in new]
-        for own, key in zip(new, made, strict=True):
+        for own, key in zip(new, side_by_side(_digest, new), strict=True):
             self._keys[own] = key
         return [self._keys[own] for own in pictures]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def test_ways_to_say_the_same(tiny_tracer: Tracer, picture: PIL.Image.Image, pix
         assert trace.tokens("text_encoder") == traces[0].tokens("text_encoder")
         for name, maps in trace.restored.items():
             assert torch.equal(maps, traces[0].restored[name])
+
+
+def test_pictures_that_come_again_are_read_once(tiny_tracer: Tracer, tmp_path: Path) -> None:
+    """Read side by side, each stays with its question."""
+    pictures = [PIL.Image.new("RGB", (40, 40), (20 * n, 0, 90)) for n in range(7)]
+    pictures[3].save(tmp_path / "three.png")
+    given: list[Any] = [*pictures, *pictures[::-1], tmp_path / "three.png", str(tmp_path / "three.png")]
+    order = [0, 1, 2, 3, 4, 5, 6, 6, 5, 4, 3, 2, 1, 0, 3, 3]
+    read = tiny_tracer.inputs.all_pixels(given)
+    alone = [tiny_tracer.inputs.pixels(picture) for picture in pictures]
+    assert all(torch.equal(own, alone[n]) for own, n in zip(read, order, strict=True))
+    assert not torch.equal(alone[0], alone[1])
+    assert len({id(own) for own in read}) == len(pictures) + 1
+    assert read[14] is read[15]
+
+
+def test_of_several_bad_pictures_the_first_is_named(
+    tiny_tracer: Tracer, picture: PIL.Image.Image, tmp_path: Path
+) -> None:
+    missing = [tmp_path / f"{n}.png" for n in range(5)]
+    with pytest.raises(FileNotFoundError, match=re.escape(str(missing[0]))):
+        tiny_tracer.trace_batch([(image, QUESTION) for image in (picture, *missing)], None, NOISE)
 
 
 def test_without_a_processor(tiny_tracer: Tracer, picture: PIL.Image.Image, pixels: torch.Tensor) -> None:

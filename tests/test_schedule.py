@@ -121,6 +121,16 @@ def test_every_question_reads_its_own_image() -> None:
     assert np.diff(step.query_starts.tolist()).tolist() == [2, 10, 10, 5, 25, 25]
 
 
+def test_jobs_differ_by_their_cells() -> None:
+    """Their hash does not look at them: that would take longer than planning saves."""
+    cells = [Cell.of([Site("text_encoder", layer, "hidden", 0)]) for layer in (0, 1)]
+    one, two, again = (Job((3, 1), range(1), 1, (cell,)) for cell in (*cells, cells[0]))
+    assert one == again
+    assert one != two
+    assert hash(one) == hash(again)
+    assert {one: "one", two: "two"}[again] == "one"
+
+
 @pytest.mark.parametrize(
     ("layer", "window", "expected"),
     [

@@ -46,7 +46,7 @@ class Local:
 
     def run(self, job: Job, todo: Sequence[int], events: Events, tracer: Tracer | None) -> None:
         """See `Executor`."""
-        with reading() as pool:
+        with reading(job.device) as pool:
             worker = Worker(job, pool, lambda _, done: events.computed(done), events.stop, tracer)
             for number in todo:
                 if events.stop():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,11 @@ from ..inputs import Inputs
 from .media import Media
 
 AHEAD = 16
-"""Pictures that are read before they are needed."""
+"""Pictures that are read before they are needed, at least: two batches."""
+
+READERS = 8
+"""Threads that read for a GPU, at most one a core: a photograph takes several times as long to read as a GPU
+takes for its maps. A CPU has other work; there one reads."""
 
 UNREADABLE = (OSError, ValueError, TypeError)
 """What a picture that cannot be used raises, in one sentence."""
@@ -34,14 +39,16 @@ class Picture:
 class Pictures:
     """The pictures of some samples, in the order in which they will be asked for."""
 
-    def __init__(self, media: Media, inputs: Inputs, pool: ThreadPoolExecutor, order: Sequence[str]) -> None:
+    def __init__(
+        self, media: Media, inputs: Inputs, pool: ThreadPoolExecutor, order: Sequence[str], batch: int
+    ) -> None:
         self._media = media
         self._inputs = inputs
         self._pool = pool
         self._uses = Counter(order)
         self._waiting = iter(dict.fromkeys(order))
         self._read: dict[str, Future[Picture]] = {}
-        self._fetch(AHEAD)
+        self._fetch(max(AHEAD, 2 * batch))
 
     def take(self, reference: str) -> Picture:
         """A picture; each may be taken as often as it stands in the order. Raises `UNREADABLE`."""
@@ -69,8 +76,9 @@ class Pictures:
 
 
 @contextmanager
-def reading(threads: int = 1) -> Iterator[ThreadPoolExecutor]:
-    """Threads that read pictures; what was not begun is dropped at the end."""
+def reading(device: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read pictures for a device; what was not begun is dropped at the end."""
+    threads = 1 if device == "cpu" else min(READERS, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
     try:
         yield pool

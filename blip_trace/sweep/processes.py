@@ -192,7 +192,7 @@ def _serve(job: Job, connection: Connection) -> None:
         connection.send(("computing", (ids, done)))
 
     try:
-        with reading() as pool:
+        with reading(job.device) as pool:
             worker = Worker(job, pool, tell, orphaned)
             connection.send(("ready", None))
             while True:

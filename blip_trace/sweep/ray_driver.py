@@ -233,7 +233,7 @@ class Hand:
             raise ChildProcessError("processes end before they have loaded the model")
         if here != host:
             check_places(job, here)
-        self._reading = reading()  # as long as this process
+        self._reading = reading(job.device)  # as long as this process
         worker = Worker(job, self._reading.__enter__(), self._desk.tell, lambda: not self._desk.open())
         self._desk.started()
         return worker

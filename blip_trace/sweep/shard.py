@@ -115,7 +115,7 @@ class ShardTracer:
                 self._ask(case)
         batches = list(self._batches([case for case in cases if case.problem is None], alone))
         order = in_order(case.sample.image for batch in batches for case in batch)
-        pictures = Pictures(self.media, self.tracer.inputs, self.pool, order)
+        pictures = Pictures(self.media, self.tracer.inputs, self.pool, order, self.settings.batch)
         for batch in batches:
             if self.stop():
                 raise Stopped
