@@ -9,6 +9,10 @@ from torch import Tensor
 
 from .devices import fetch
 
+Check = Callable[[], None]
+"""Waits for what a device was given before, and raises ValueError for the first condition that does not
+hold."""
+
 
 class Checks:
     """Conditions, each with the sentence that says what is wrong where it does not hold.
@@ -27,9 +31,8 @@ class Checks:
         elif not bool(holds):
             raise ValueError(sentence)
 
-    def begin(self) -> Callable[[], None]:
-        """Begin to look at what is open. What is returned waits for what the device was given until now, and
-        raises ValueError for the first condition that does not hold."""
+    def begin(self) -> Check:
+        """Begin to look at what is open."""
         opened, self._open = self._open, []
         if not opened:
             return lambda: None

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from .assemble import Assembler
+from .checks import Check
 from .corrupting import Corruption
 from .corruption import check_corruption
 from .measuring import Measurer, Progress
@@ -45,47 +47,41 @@ class Mapper:
         """Maps of all questions, a part after the other: inputs of many would not fit into memory."""
         results: list[TraceResult] = []
         finish: Callable[[], list[TraceResult]] = list
-        parts = [
-            asked[first : first + QUESTIONS_AT_ONCE] for first in range(0, len(asked), QUESTIONS_AT_ONCE)
-        ]
-        ahead = self.measurer.program.device.type == "cuda"
-        coming: Callable[[], list[Prepared]] | None = None
-        for number, part in enumerate(parts):
-            preparing = coming or self.preparing(request, part, [corruption] * len(part))
-            prepared, coming = preparing(), None
-            if ahead and number + 1 < len(parts):
-                # a GPU is to have the next part's images behind it before it gets this part's pass: then
-                # they need not be waited for, and it never waits for this process
-                coming = self.preparing(request, parts[number + 1], [corruption] * len(parts[number + 1]))
-            shared = _share(progress, number * QUESTIONS_AT_ONCE, len(part), len(asked))
-            begun = self.begin(request, prepared, shared)
+        for first in range(0, len(asked), QUESTIONS_AT_ONCE):
+            part = asked[first : first + QUESTIONS_AT_ONCE]
+            prepared, check = self._prepared(request, part, [corruption] * len(part))
+            begun = self.begin(request, prepared, _share(progress, first, len(part), len(asked)))
             results += finish()
-            finish = begun
+            finish = partial(_checked, check, begun)
         return results + finish()
 
-    def preparing(
+    def prepare(
         self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
-    ) -> Callable[[], list[Prepared]]:
-        """Encode the questions' images and corrupt each in its way; what is returned waits for a GPU that
-        does that. Raises, now or then, as `Tracer.prepare` does."""
+    ) -> list[Prepared]:
+        """Encode the questions' images and corrupt each in its way. Raises as `Tracer.prepare` does."""
+        prepared, check = self._prepared(request, asked, corruptions)
+        check()
+        return prepared
+
+    def _prepared(
+        self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
+    ) -> tuple[list[Prepared], Check]:
         maps = [request.maps(self.preparer.shapes(own)) for own in asked]
         wanted = [_wanted(request, own) for own in maps]
-        waiting = self.preparer.tasks(self.vision, asked, corruptions, wanted)
-
-        def finish() -> list[Prepared]:
-            return [
-                Prepared(own, made.grids, task, {"corruption": repr(corruption), "corrupted": note})
-                for own, made, corruption, (task, note) in zip(
-                    asked, maps, corruptions, waiting(), strict=True
-                )
-            ]
-
-        return finish
+        tasks, check = self.preparer.tasks(self.vision, asked, corruptions, wanted)
+        prepared = [
+            Prepared(own, made.grids, task, {"corruption": repr(corruption), "corrupted": note})
+            for own, made, corruption, (task, note) in zip(asked, maps, corruptions, tasks, strict=True)
+        ]
+        return prepared, check
 
     def unchanged(self, asked: Sequence[Asked]) -> list[Scores]:
         """All that the model says to questions as they are."""
-        tasks = self.preparer.tasks(self.vision, asked, [None] * len(asked), [ASKED] * len(asked))()
-        return self.measurer.score([task for task, _ in tasks], None)
+        nothing = [None] * len(asked)
+        tasks, check = self.preparer.tasks(self.vision, asked, nothing, [ASKED] * len(asked))
+        scores = self.measurer.score([task for task, _ in tasks], None)
+        check()
+        return scores
 
     def begin(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None
@@ -125,10 +121,17 @@ class Mapper:
         distinct = {cell: number for number, cell in enumerate(dict.fromkeys(checked))}
         stacks = {part.stack for cell in distinct for parts in (cell.sites, cell.cuts) for part in parts}
         wanted = Wanted(tuple(distinct), direction, reads, "vision" in stacks)
-        ((task, note),) = self.preparer.tasks(self.vision, [asked], [applied], [wanted])()
+        ((task, note),), check = self.preparer.tasks(self.vision, [asked], [applied], [wanted])
+        check()
         named = UNCORRUPTED if applied is None else repr(applied)
         settings = {**self.settings, "direction": direction, "corruption": named, "corrupted": note}
         return Changed(task, [distinct[cell] for cell in checked], settings)
+
+
+def _checked(check: Check, begun: Callable[[], list[TraceResult]]) -> list[TraceResult]:
+    """What was begun, unless it was begun with numbers that are none."""
+    check()
+    return begun()
 
 
 def _wanted(request: Request, maps: Maps) -> Wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Checks
+from .checks import Check, Checks
 from .corrupting import Corrupted, Corruption, Edit, Original, corrupt
 from .devices import send
 from .embedding import word_table
@@ -92,13 +92,13 @@ class Preparer:
         asked: Sequence[Asked],
         corruptions: Sequence[Corruption | None],
         wanted: Sequence[Wanted],
-    ) -> Callable[[], list[tuple[Task, str]]]:
+    ) -> tuple[list[tuple[Task, str]], Check]:
         """What the engine is given for each question, and what its corruption says it changed; None: nothing
-        is corrupted. Either all take patches or none. What is returned waits for a GPU to know that all
-        numbers are finite.
+        is corrupted. Either all take patches or none. And what waits for a GPU to know that all numbers are
+        finite.
 
-        Raises ValueError where numbers are not finite, where the image stack is part of the trace but the
-        corruption changes nothing before it, and whatever the corruptions raise.
+        Raises, now or then, ValueError where numbers are not finite, where the image stack is part of the
+        trace but the corruption changes nothing before it, and whatever the corruptions raise.
         """
         checks = Checks()
         images: Sequence[Tensor | None] = [None] * len(asked)
@@ -110,13 +110,7 @@ class Preparer:
             self._task(vision, *own, checks)
             for own in zip(asked, corruptions, wanted, images, words, strict=True)
         ]
-        wait = checks.begin()
-
-        def finish() -> list[tuple[Task, str]]:
-            wait()
-            return made
-
-        return finish
+        return made, checks.begin()
 
     def _task(
         self,

@@ -251,7 +251,7 @@ class Tracer:
         self, request: Request, asked: Sequence[Asked], corruptions: Sequence[Corruption]
     ) -> list[Prepared]:
         """The same of several questions, each with its corruption; a GPU encodes their images together."""
-        return self._mapper.preparing(request, asked, corruptions)()
+        return self._mapper.prepare(request, asked, corruptions)
 
     def measure(
         self, request: Request, prepared: Sequence[Prepared], progress: Progress | None = None

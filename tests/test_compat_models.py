@@ -46,9 +46,9 @@ def test_tracers_keep_no_model_alive(tiny_folder: Path) -> None:
     assert gone() is None
 
 
-def test_a_model_elsewhere(tiny_folder: Path) -> None:
+def test_a_model_that_holds_no_numbers(tiny_folder: Path) -> None:
     model = BlipForQuestionAnswering.from_pretrained(tiny_folder).to("meta")
-    with pytest.raises(UnsupportedError, match="a model on meta is not supported here: other tools' calls"):
+    with pytest.raises(ValueError, match="the model is on meta: it must be on the CPU or on a GPU"):
         tracer_of(model)
 
 

@@ -43,7 +43,7 @@ from blip_trace.compat.models import UnsupportedError
         (lambda: patch(inp=batch(0)), ValueError, "of at least 2 rows"),
         (lambda: patch(inp={**batch(1), "attention_mask": torch.zeros(2, 9)}), UnsupportedError, "padding"),
         (lambda: inputs([QUESTION, "where is it"]), UnsupportedError, "prompts of unequal length"),
-        (lambda: inputs([QUESTION], device="cuda"), UnsupportedError, "ROME's calls are traced on the CPU"),
+        (lambda: inputs([QUESTION], device="cuda"), ValueError, "there is no device 'cuda'"),
         (lambda: inputs([]), ValueError, "no prompts given"),
         (lambda: inputs([QUESTION], tokenizer=mt().tokenizer), ValueError, "given as pixel_values"),
         (lambda: rome.ModelAndTokenizer(), ValueError, "the name of a model"),

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
+from pretended_gpu import RecordedGraphs
 from test_parity import IMAGE, TOLERANCE, ask, largest_difference, tracer
 from torch import Tensor
 
 from blip_trace import GaussianNoise, Tracer, engine, mapping, passes, reference, shipped_model
-from blip_trace.graphs import KEPT, Graphs
+from blip_trace.graphs import KEPT
 from blip_trace.ops import get_ops
 from blip_trace.passes import Part, pack
 from blip_trace.task import Task
@@ -140,33 +141,6 @@ def test_what_does_not_fit_by_itself_is_an_error() -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(torch.OutOfMemoryError):
             scored(Full(8), given)
-
-
-@dataclass
-class Replay:
-    """What stands in for a CUDA graph: the function is called again, on the tensors that were recorded."""
-
-    function: Any
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-    calls: int = 0
-
-    def replay(self) -> None:
-        self.calls += 1
-        self.output.copy_(self.function(*self.inputs))
-
-
-class RecordedGraphs(Graphs):
-    """Graphs without CUDA."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[Replay] = []
-
-    def _capture(self, function: Any, inputs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
-        output = torch.full_like(function(*inputs), float("nan"))
-        self.made.append(Replay(function, inputs, output))
-        return self.made[-1], output
 
 
 def test_what_comes_again_is_recorded_and_then_replayed() -> None:

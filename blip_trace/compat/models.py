@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..lowering.blip import MODELS
 from ..sites import Cell, Site
 from ..tracer import Tracer
 
@@ -46,13 +45,8 @@ def tracer_of(model: Any, processor: Any = None) -> Tracer:
     """The tracer of a Hugging Face BLIP and a processor, made when it is first asked for, and again when
     weights were changed or exchanged since then. The model is put into evaluation mode.
 
-    Raises UnsupportedError for a model that is not on the CPU, and as `Tracer` does.
+    Raises as `Tracer` does.
     """
-    if isinstance(model, MODELS) and model.device.type != "cpu":
-        raise UnsupportedError(
-            f"a model on {model.device}",
-            "other tools' calls are traced on the CPU; Tracer itself takes models on a GPU",
-        )
     kept: _Kept = model.__dict__.setdefault("_blip_trace", _Kept())
     weights = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
     if kept.weights != weights:

@@ -48,7 +48,7 @@ def activation_patching(
             envoy.output[:, token] = state[:, token]
             logits = model.text_decoder.output.logits.save()
 
-    model: an `NNsight`, or any other root envoy, around a loaded `BlipForQuestionAnswering` on the CPU.
+    model: an `NNsight`, or any other root envoy, around a loaded `BlipForQuestionAnswering`.
     clean, corrupted: what is given to a trace: `input_ids` [1, T], `pixel_values` [1, 3, H, W] and
         `decoder_input_ids` [[start token]]; they may differ in the picture, in the words or in both.
         `corrupted` may also be a corruption of `blip_trace.corruption` with its samples.
@@ -61,8 +61,9 @@ def activation_patching(
         tensor.
     processor: for a corruption that holds a phrase, or a picture that is no `pixel_values`.
 
-    Returns logits [*grid, 1, V], or the metric's values [*grid, ...]; the grid is [envoys, tokens], [envoys,
-    tokens, heads] or [cells]. A corruption's samples come first: [samples, *grid, ...].
+    Returns, where the model is, logits [*grid, 1, V], or the metric's values [*grid, ...]; the grid is
+    [envoys, tokens], [envoys, tokens, heads] or [cells]. A corruption's samples come first: [samples, *grid,
+    ...].
 
     Raises UnsupportedError for what the engine does not do, naming what to do with nnsight; TypeError and
     ValueError for what is no such input. Warns where the model has forward hooks, which do not run.

@@ -181,7 +181,8 @@ def patched_logits(
     tracer: Tracer, donor: Input, corruption: Corruption | Literal["none"], cells: Sequence[Cell]
 ) -> tuple[Tensor, Tensor]:
     """Logits [S, cells, 1, V] of the corrupted runs with each cell's states of the donor's run, and those
-    [S, 1, V] of the corrupted runs alone: of the answer's first token. Raises as `Tracer.logits` does."""
+    [S, 1, V] of the corrupted runs alone: of the answer's first token, and where the model is. Raises as
+    `Tracer.logits` does."""
     # The image encoder is run for every cell of a pass that changes it anywhere: those go by themselves.
     deep = [any(site.stack == "vision" for site in cell.sites) for cell in cells]
     order = sorted(range(len(cells)), key=deep.__getitem__)
@@ -193,7 +194,7 @@ def patched_logits(
     if len(parts) > 1:
         found = torch.cat([part.cells for part in parts], dim=1)[:, torch.tensor(order).argsort()]
     # results may be written to, what the engine made in inference mode may not
-    return found.clone(), parts[0].low.clone()
+    return found.to(tracer.device, copy=True), parts[0].low.to(tracer.device, copy=True)
 
 
 def collects_outputs(hook: Any) -> bool:

@@ -48,7 +48,7 @@ class IntervenableModel(pyvene.IntervenableModel):  # type: ignore[misc]
     """pyvene's `IntervenableModel`, whose covered calls take one pass of the engine.
 
     Covered are vanilla interventions from one source into the same positions of a float32
-    `BlipForQuestionAnswering` or of pyvene's `BlipWrapper` around one, on the CPU, in parallel mode: the
+    `BlipForQuestionAnswering` or of pyvene's `BlipWrapper` around one, in parallel mode: the
     components of text layers and of the image encoder's layers, by name or as strings, that
     `wrapped.places` knows, and heads that are registered as pyvene asks for. Rows of a batch are done one by
     one; those that are equal share a pass.

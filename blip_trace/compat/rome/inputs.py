@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from ...devices import parse_device
 from ...images import open_image
 from ...lowering.load import load_model, parse_dtype
 from ..layers import layer_name
@@ -81,16 +82,16 @@ class Batch(NamedTuple):
 def make_inputs(
     tokenizer: Any, prompts: Sequence[str], device: str = "cpu", *, image: Image
 ) -> dict[str, Tensor]:
-    """A batch of questions about one picture: input_ids and attention_mask [B, T], pixel_values [B, 3, H, W].
+    """A batch of questions about one picture, on a device: input_ids and attention_mask [B, T], pixel_values
+    [B, 3, H, W].
 
     tokenizer: the model's processor; or its tokenizer, and then `image` must be pixel_values. image: a
     picture, its path, or pixel_values [1, 3, H, W].
 
-    Raises UnsupportedError for another device and for questions of unequal length, ValueError where there are
-    none, and ValueError, TypeError or OSError for pictures as `Tracer.trace` does.
+    Raises UnsupportedError for questions of unequal length, ValueError where there are none and for a device
+    that is not there, and ValueError, TypeError or OSError for pictures as `Tracer.trace` does.
     """
-    if str(device) != "cpu":
-        raise UnsupportedError(f"the device {device!r}", "ROME's calls are traced on the CPU")
+    where = parse_device(str(device))
     rows = [getattr(tokenizer, "tokenizer", tokenizer)(prompt).input_ids for prompt in prompts]
     if not rows:
         raise ValueError("no prompts given")
@@ -102,11 +103,12 @@ def make_inputs(
         )
     ids = torch.tensor(rows)
     pixels = _pixels(tokenizer, image)
-    return {
+    made = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": pixels.expand(len(rows), -1, -1, -1),
     }
+    return {name: own.to(where) for name, own in made.items()}
 
 
 def _pixels(processor: Any, image: Image) -> Tensor:

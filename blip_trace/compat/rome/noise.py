@@ -59,7 +59,7 @@ class BatchNoise:
                 raise ValueError(
                     f"the tokens {self.tokens} are not within the question's {words.shape[1]} tokens"
                 )
-            made = self._noise((len(words), last - first, words.shape[2]))
+            made = self._noise((len(words), last - first, words.shape[2])).to(words.device)
             words[:, first:last] = made if self.replace else words[:, first:last] + made
         images = None if self.pixels is None else original.enter(self.pixels, None)
         return Corrupted(images=images, words=words)

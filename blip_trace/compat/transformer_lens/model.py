@@ -65,6 +65,11 @@ class HookedBlip:
         self._processor = processor
         self.original_model: Any = model.model if isinstance(model, Tracer) else model
         tracer = self.tracer
+        if tracer.device.type != "cpu":
+            raise UnsupportedError(
+                f"a model on {tracer.device}",
+                "TransformerLens's calls are traced on the CPU; Tracer itself takes models on a GPU",
+            )
         stacks = tracer.stacks[1:]
         (self.stack,) = check_names("stack", [stacks[0] if stack is None else stack], stacks)
         answers = tracer.program.task == "answer"
