@@ -33,12 +33,17 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def gpu() -> None:
-    """These benchmarks need one; with FAIL_WITHOUT_CUDA=1 its absence is an error."""
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[None]:
+    """These benchmarks need one; with FAIL_WITHOUT_CUDA=1 its absence is an error. The CPU helps it with all
+    its cores."""
     if not torch.cuda.is_available():
         without = "there is no GPU"
         pytest.fail(without) if os.environ.get("FAIL_WITHOUT_CUDA") == "1" else pytest.skip(without)
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 Gate = Callable[[dict[str, float]], None]
@@ -64,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     write = terminalreporter.write_line
     if written := write_report(ROWS):
-        write(f"written: {written.relative_to(Path.cwd())} and the same as a table")
+        write(f"written: {os.path.relpath(written)} and the same as a table")
     terminalreporter.section("times of the others over the engine's")
     write(f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {_capability()}")
     write(f"{'':58}{'measured':>10}{'floor':>10}")

@@ -22,7 +22,8 @@ def figure(name: str, value: float, unit: str) -> None:
 
 
 def write_report(ratios: Sequence[tuple[str, float, float | None]]) -> Path | None:
-    """Write all figures and the ratios (name, measured, floor) of this run, if any are of a GPU's."""
+    """Write all figures and the ratios (name, measured, floor) of this run, if any are of a GPU's. What was
+    found there before, by the same versions, and was not measured again, stays."""
     rows = [{"name": name, "value": value, "floor": floor} for name, value, floor in ratios if "GPU" in name]
     if not _figures or not torch.cuda.is_available():
         return None
@@ -41,14 +42,24 @@ def write_report(ratios: Sequence[tuple[str, float, float | None]]) -> Path | No
             "triton": triton.__version__,
             "transformers": transformers.__version__,
         },
-        "figures": _figures,
+        "figures": list(_figures),
         "ratios": rows,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / (re.sub(r"\W+", "-", found.name.lower()).strip("-") + ".json")
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["versions"] == report["versions"]:
+            for part in ("figures", "ratios"):
+                report[part] = _renewed(before[part], report[part])
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(_table(report))
     return path
+
+
+def _renewed(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by name, each as it was measured last, in the order of their first measurement."""
+    return list({row["name"]: row for row in (*before, *now)}.values())
 
 
 def _table(report: dict[str, Any]) -> str:

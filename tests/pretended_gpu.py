@@ -223,7 +223,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**34, 2**35))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(ops, "native_unavailable_reason", lambda device: None)
+    monkeypatch.setattr(ops, "native_unavailable_reason", lambda device=None: None)
     monkeypatch.setattr(tracer, "Graphs", RecordedGraphs)
     monkeypatch.setattr(Machine, "active", machine)
     # weights there are other tensors than those that were here
