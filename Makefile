@@ -52,7 +52,7 @@ lint: env
 
 # Files side by side, for most of the time one waits for another process or for a clock.
 test: build lint
-	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Minutes of it: processes killed at random and at every write.
 test-faults: build

@@ -40,6 +40,24 @@ WORDS = [
 ]
 
 
+LONGEST = (
+    "test_sweep_executors.py",
+    "test_triton_interpreted.py",
+    "test_sweep_bucket.py",
+    "test_gpu_parity.py",
+    "test_parity.py",
+    "test_sweep_ray.py",
+    "test_cuda_compiles.py",
+)
+"""Files that begin first, so that in the end nobody waits for one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All others stay in their order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 def tiny_config(**text: int) -> BlipConfig:
     """A BLIP of two layers a stack; `text` overrides entries of its text config."""
     size = {
