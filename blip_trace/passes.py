@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,16 @@ def budget(device: torch.device, memory: int | None, patches: bool) -> int:
     if memory is not None:
         return memory
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return min(int(GPU_SHARE * free), GPU_MEMORY)
+        return min(int(GPU_SHARE * _free(device)), GPU_MEMORY)
     return DEFAULT_IMAGE_MEMORY if patches else DEFAULT_MEMORY
+
+
+@lru_cache
+def _free(device: torch.device) -> int:
+    """Bytes that were free on a GPU when this was first asked: what passes themselves keep there is no reason
+    for smaller ones, and equal passes are to come again."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
 
 
 class Part(NamedTuple):

@@ -13,8 +13,7 @@ from test_parity import TOLERANCE
 from torch import Tensor
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
-from blip_trace import Tracer, shipped_model
-from blip_trace.compat.models import UnsupportedError
+from blip_trace import TokenNoise, shipped_model
 from blip_trace.scenes import random_scene
 
 QUESTION = "what shape is at the bottom center"
@@ -105,6 +104,7 @@ def test_rome(gpu: Machine) -> None:
     assert sure_there == pytest.approx(sure_here, abs=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:Module 'model.*:UserWarning")
 def test_nnsight(gpu: Machine) -> None:
     from nnsight import NNsight
 
@@ -177,11 +177,35 @@ def test_pyvene_around_the_model_itself(gpu: Machine) -> None:
         torch.testing.assert_close(own.numbers, same, rtol=0, atol=10 * TOLERANCE)  # type: ignore[attr-defined]
 
 
-def test_transformer_lens(gpu: Machine) -> None:
-    """Not there yet, and said at once."""
+@pytest.mark.parametrize("stack", ["text_encoder", "text_decoder"])
+@pytest.mark.parametrize("corrupted", ["another picture", "noise on the words"])
+def test_transformer_lens(gpu: Machine, stack: str, corrupted: str) -> None:
+    """A metric has logits, tokens and cached states where the model is."""
+    from blip_trace.compat import transformer_lens as patching
     from blip_trace.compat.transformer_lens import HookedBlip
 
-    with pytest.raises(UnsupportedError, match="a model on cuda:0 is not supported here: TransformerLens's"):
-        HookedBlip(model("cuda"), picture(3), processor=processor())
-    with pytest.raises(UnsupportedError, match="a model on cuda:0"):
-        HookedBlip(Tracer(model("cuda"), processor()), picture(3))
+    def grid(device: str) -> Tensor:
+        own, prepares = model(device), processor()
+        noise = None if corrupted == "another picture" else TokenNoise("shape", samples=1)
+        question = QUESTION if stack == "text_decoder" else None
+        clean, other = (
+            HookedBlip(
+                own, picture(seed), stack=stack, question=question, corruption=made, processor=prepares
+            )
+            for seed, made in ((3, None), (4 if noise is None else 3, noise))
+        )
+        tokens = clean.to_tokens("" if question else QUESTION)
+        assert tokens.device.type == clean.cfg.device.split(":")[0] == device
+        logits, cache = clean.run_with_cache(tokens)
+        best = logits[0, -1].argmax()
+
+        def metric(found: Tensor) -> Tensor:
+            return found[0, -1, best] - found[0, -1].mean()
+
+        found = patching.get_act_patch_resid_mid(other, tokens, cache, metric)
+        assert found.device.type == device
+        return found
+
+    there = grid("cuda")
+    assert isinstance(there, OnGpu)
+    agree(there.numbers, grid("cpu"))

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import Machine, OnGpu, pretended_gpu
+from pretended_gpu import GPU, Machine, OnGpu, pretended_gpu
 from sweep_helpers import assert_close, order
 from test_parity import TOLERANCE, largest_difference
 from torch import Tensor
 
 import blip_trace
-from blip_trace import Tracer, TraceResult, engine, mapping, shipped_model
+from blip_trace import Tracer, TraceResult, engine, mapping, passes, shipped_model
 from blip_trace.checks import Checks
 from blip_trace.corrupting import Corruption
 from blip_trace.sites import Cell, Site
@@ -71,6 +71,23 @@ def test_passes_that_are_replayed(gpu: Machine) -> None:
     graphs: Any = ours._graphs
     assert sum(own.calls for own in graphs.made) >= 2 * len(graphs.made) > 0
     assert gpu.waits == []
+
+
+def test_little_memory(gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for once: passes, and what they keep, do not make the next ones smaller."""
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device) or 2**22, 2**35))
+    passes._free.cache_clear()
+    try:
+        ours = there(gpu)
+        for _ in range(2):
+            for own, same in zip(ours.trace_batch(PAIRS), here().trace_batch(PAIRS), strict=True):
+                assert largest_difference(own, same) <= TOLERANCE
+        graphs: Any = ours._graphs
+        assert sum(own.calls for own in graphs.made) > 20  # a pass for each sample of each question
+    finally:
+        passes._free.cache_clear()
+    assert asked == [GPU]
 
 
 def test_the_next_part_is_begun_before_one_is_waited_for(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ... import hooks
+from ...devices import send
 from ...tracer import Tracer
 from .hooks import Place, layer_and_place, layers_of
 from .rows import Row, stacked
@@ -24,7 +25,7 @@ def forward(tracer: Tracer, rows: Sequence[Row], answer: Tensor) -> Tensor:
     """Logits [B, A, V]: of a decoder of its own tokens at each of them, else of the answer [A] behind a
     question at each of its; of a matching model [B, 1, 2]."""
     model: Any = tracer.model
-    ids = torch.stack([row.ids for row in rows])
+    ids = send(torch.stack([row.ids for row in rows]), model.device)
     images, words = stacked(rows, hooks.word_table(model))
     # a copy, for transformers adds the positions to it in place
     edits = {model.get_input_embeddings(): lambda _: words.clone()} if _corrupted(rows) else {}
@@ -41,6 +42,7 @@ def forward(tracer: Tracer, rows: Sequence[Row], answer: Tensor) -> Tensor:
     decoded = [row.decoded for row in rows if row.decoded is not None]
     start = torch.tensor([tracer.program.start_token])
     given = torch.stack(decoded) if decoded else torch.cat((start, answer[:-1])).expand(len(rows), -1)
+    given = send(given, model.device)
     logits = model.text_decoder(input_ids=given, encoder_hidden_states=text, use_cache=False).logits
     return logits
 

@@ -65,11 +65,6 @@ class HookedBlip:
         self._processor = processor
         self.original_model: Any = model.model if isinstance(model, Tracer) else model
         tracer = self.tracer
-        if tracer.device.type != "cpu":
-            raise UnsupportedError(
-                f"a model on {tracer.device}",
-                "TransformerLens's calls are traced on the CPU; Tracer itself takes models on a GPU",
-            )
         stacks = tracer.stacks[1:]
         (self.stack,) = check_names("stack", [stacks[0] if stack is None else stack], stacks)
         answers = tracer.program.task == "answer"
@@ -102,7 +97,7 @@ class HookedBlip:
             n_heads=text.num_attention_heads,
             d_mlp=text.intermediate_size,
             d_vocab=text.vocab_size,
-            device="cpu",
+            device=str(self.original_model.device),
             default_prepend_bos=False,
             eps=text.layer_norm_eps,
             act_fn=text.hidden_act,
@@ -115,8 +110,8 @@ class HookedBlip:
         return [f"blocks.{layer}.{place}" for layer in range(self.cfg.n_layers) for place in HOOKS]
 
     def to_tokens(self, input: str | Sequence[str]) -> Tensor:
-        """Token ids [B, T] of texts of equal length (a decoder's may be empty), with the special tokens that
-        the stack expects.
+        """Token ids [B, T], where the model is, of texts of equal length (a decoder's may be empty), with the
+        special tokens that the stack expects.
 
         Raises UnsupportedError for texts of unequal length: BLIP has no mask for padding.
         """
@@ -128,7 +123,7 @@ class HookedBlip:
             start = torch.tensor([self.tracer.program.start_token])
             return torch.cat((start, inputs.answer_ids(text))) if text else start
 
-        return _ids(input, tokens)
+        return _ids(input, tokens).to(self.original_model.device)
 
     def to_str_tokens(self, input: str | Tensor) -> list[str]:
         """The tokens of a text, or of ids [T] or [1, T], as strings."""
@@ -221,7 +216,8 @@ class HookedBlip:
 
     def _tokens(self, tokens: Tokens) -> Tensor:
         if not isinstance(tokens, Tensor):
-            return self.to_tokens(tokens)
+            return self.to_tokens(tokens).cpu()
+        tokens = tokens.cpu()
         if tokens.dim() != 2 or not len(tokens):
             raise ValueError(f"tokens must be [B, T], not {list(tokens.shape)}")
         inputs = self.tracer.inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ class Passes:
             low.append(own.low)
             for patch, logits in own.patched.items():
                 found[patch].append(logits)
-        order = torch.tensor(places).argsort()
+        order = torch.tensor(places, device=self._tracer.device).argsort()
         return Found({patch: torch.cat(own)[order] for patch, own in found.items()}, torch.cat(low)[order])
 
     def _run(self, patches: Sequence[Patch], group: Sequence[int]) -> Found:
@@ -148,7 +148,9 @@ class Passes:
     ) -> Logits:
         some = cells or [Cell.of([Site(self._stack, 0, "hidden", 0)])]  # the engine wants one
         text, answer = spoken
-        return self._tracer.logits(clean.pixels, text, some, answer, inputs, direction)
+        found = self._tracer.logits(clean.pixels, text, some, answer, inputs, direction)
+        parts = {name: getattr(found, name).to(self._tracer.device) for name in ("cells", "low", "high")}
+        return replace(found, **parts)
 
     def _spoken(self, clean: Row, inputs: Inputs) -> Spoken:
         """An answer in words, of the tokens in a decoder: the engine takes no others."""

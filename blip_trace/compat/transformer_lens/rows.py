@@ -13,16 +13,17 @@ from torch import Tensor
 from ... import hooks
 from ...checks import Checks
 from ...corrupting import Corrupted, Corruption, Edit, Original, corrupt
+from ...devices import send
 from ...tracer import Tracer
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """One row: pixels [1, 3, H, W]; ids [T] of the first text stack, and of the answer decoder where that is
-    what is hooked, decoded [P].
+    what is hooked, decoded [P]; all on the CPU.
 
-    images [N, D]: image states, corrupted where `other_image`; words [T, C]: corrupted embeddings of the
-    tokens, None where they are those of `ids`.
+    Where the model is: images [N, D]: image states, corrupted where `other_image`; words [T, C]: corrupted
+    embeddings of the tokens, None where they are those of `ids`.
     """
 
     pixels: Tensor
@@ -39,7 +40,7 @@ class Row:
 
     def embedded(self, table: Tensor) -> Tensor:
         """The words [T, C] by the table of word embeddings [V, C], unless they are corrupted."""
-        return table[self.ids] if self.words is None else self.words
+        return table[send(self.ids, table.device)] if self.words is None else self.words
 
 
 class Pictures:
@@ -133,13 +134,13 @@ def _original(tracer: Tracer, pixels: Tensor, ids: Tensor, states: Tensor) -> Or
         states=lambda: states,
         image_shape=(states.shape[0], states.shape[1]),
         ids=ids,
-        words=table[ids],
+        words=table[send(ids, table.device)],
         words_std=lambda: float(table.float().std()),
         labels=inputs.labels(ids.tolist()),
         enter=lambda given, edit: encode(tracer, given, edit),
         image=lambda given: encode(tracer, inputs.pixels(given), None),
         question=inputs.question_ids,
-        embed=lambda other: table[other],
+        embed=lambda other: table[send(other, table.device)],
         find=lambda phrase: inputs.find(phrase, ids),
     )
 
