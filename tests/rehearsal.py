@@ -53,6 +53,7 @@ def rehearsal() -> Iterator[None]:
             patch.setattr(module, "blip_base", lambda dtype: small.to(getattr(torch, dtype)))
         patch.setattr(bench_gpu, "GEMM", 64)
         patch.setattr(bench_gpu, "QUESTIONS", (2, 3))
+        patch.setattr(bench_gpu, "seconds", lambda work, rounds=5: max(timed(work) / 1e3, 1e-9))
         patch.setattr(bench_gpu_ops, "SHAPES", little)
         for module in (ops, tracer):  # Triton's kernels need the device itself
             patch.setattr(module, "get_ops", lambda backend, device=None: choose("native", device))
