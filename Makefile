@@ -20,10 +20,10 @@ PY := "$(VENV)/bin/python"
 stamps := build/stamps/$(shell printf %s "$(abspath $(VENV))" | cksum | cut -d' ' -f1)
 native := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help env build demo test test-faults lint bench bench-quick gpu gpu-sanitize clean
+.PHONY: help env build demo test test-faults lint bench bench-quick gpu gpu-test gpu-bench gpu-sanitize clean
 
 help:
-	@echo 'make demo | test | test-faults | lint | bench | bench-quick | gpu | gpu-sanitize | clean    [PYTHON=python3] [VENV=.venv]'
+	@echo 'make demo | test | test-faults | lint | bench | bench-quick | gpu | gpu-test | gpu-bench | gpu-sanitize | clean    [PYTHON=python3] [VENV=.venv]'
 
 $(stamps)/env: requirements.txt requirements-tools.txt
 	@mkdir -p $(@D)
@@ -66,9 +66,14 @@ bench-quick: build
 
 # On a machine with a GPU: its tests, none of them skipped, and then its figures, which go to
 # benchmarks/results. Nothing is downloaded; `make gpu PYTHON=python3` takes the environment of that python.
-gpu: export FAIL_WITHOUT_CUDA := 1
-gpu: build
+gpu: gpu-test
+	$(MAKE) gpu-bench
+
+gpu-test gpu-bench: export FAIL_WITHOUT_CUDA := 1
+gpu-test: build
 	$(PY) -m pytest -q tests/test_gpu_ops.py tests/test_gpu_parity.py tests/test_gpu.py tests/test_triton_ops.py
+
+gpu-bench: build
 	$(PY) -m pytest -q -s benchmarks/bench_gpu.py benchmarks/bench_gpu_ops.py
 
 # Slow: every access to memory watched, and every pair of accesses to shared memory.

@@ -3,6 +3,7 @@ numbers of the CPU."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -11,18 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_gpu import GPU, Machine, OnGpu, pretended_gpu
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pretended_gpu import GPU, Machine, OnGpu, RecordedGraphs, pretended_gpu
 from sweep_helpers import assert_close, order
 from test_parity import TOLERANCE, largest_difference
+from test_random_models import difference, models, tasks
 from torch import Tensor
 
 import blip_trace
 from blip_trace import Tracer, TraceResult, engine, mapping, passes, shipped_model
 from blip_trace.checks import Checks
 from blip_trace.corrupting import Corruption
+from blip_trace.lowering.blip import lower
+from blip_trace.ops import get_ops
 from blip_trace.sites import Cell, Site
 from blip_trace.sweep.driver import sweep
 from blip_trace.sweep.planning import Changed, Order
+from blip_trace.task import Task
 
 IMAGES = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
 QUESTIONS = ["what color is the large square", "how many circles are there", "what shape is red"]
@@ -240,6 +247,31 @@ def test_bfloat16(gpu: Machine) -> None:
     own = there(gpu, dtype="bfloat16").trace(*PAIRS[0], corruption=NOISE)
     assert largest_difference(own, here(dtype="bfloat16").trace(*PAIRS[0], corruption=NOISE)) <= 1e-3
     assert gpu.waits == []
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_any_cells_of_any_model(data: st.DataObject) -> None:
+    """Run, recorded and replayed."""
+    model = data.draw(models()).float()
+    patches, memory = data.draw(st.booleans()), data.draw(st.sampled_from([1, 2**28]))
+    given = [data.draw(tasks(model, patches)) for _ in range(data.draw(st.integers(1, 3)))]
+
+    def moved(task: Task, *where: Any) -> Task:
+        corrupted, words = (None if x is None else x.to(*where) for x in (task.corrupted, task.words))
+        return replace(task, clean=task.clean.to(*where), corrupted=corrupted, words=words)
+
+    given = [moved(task, torch.float32) for task in given]
+    same = engine.score(lower(model), get_ops("native"), given, memory)
+    with pytest.MonkeyPatch.context() as patch, pretended_gpu(patch) as gpu:
+        program, graphs = lower(copy.deepcopy(model).to("cuda")), RecordedGraphs()
+        sent = [moved(task, "cuda") for task in given]
+        gpu.waits.clear()
+        for _ in range(3):
+            own = engine.score(program, get_ops("native", GPU), sent, memory, graphs=graphs)
+            assert difference(own, same) <= TOLERANCE
+        assert graphs.made
+        assert gpu.waits == []
 
 
 @pytest.mark.usefixtures("gpu")
