@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import Checks
+from .devices import send
 
 Edit = Callable[[Tensor, slice], Tensor]
 """Takes the embedded patches [B, N, D] of these samples and returns what is to be encoded in their place."""
@@ -70,7 +71,7 @@ Corruption = Callable[[Tensor], Tensor] | InputCorruption
 
 
 def corrupt(corruption: Corruption, original: Original, checks: Checks) -> Corrupted:
-    """Apply a corruption; images and words come in the type of the clean ones.
+    """Apply a corruption; images and words come in the type of the clean ones, and to where these are.
 
     Raises TypeError or ValueError where it returns something else or another shape. That it makes no NaN and
     no infinity is left to `checks`.
@@ -86,15 +87,15 @@ def apply(corruption: Corruption, original: Original) -> Corrupted:
     """The same, its numbers unseen: they may be part of something else."""
     if not isinstance(corruption, InputCorruption):
         states = original.states()
-        return Corrupted(images=_checked(corruption(states), original.image_shape, original.words.dtype))
+        return Corrupted(images=_checked(corruption(states), original.image_shape, original.words))
     made = corruption.corrupt(original)
     if not isinstance(made, Corrupted) or (made.images is None and made.words is None):
         raise TypeError("a corruption must return a Corrupted with images, words or both")
     images, words = made.images, made.words
     if images is not None:
-        images = _checked(images, original.image_shape, original.words.dtype)
+        images = _checked(images, original.image_shape, original.words)
     if words is not None:
-        words = _checked(words, original.words.shape, original.words.dtype)
+        words = _checked(words, original.words.shape, original.words)
     if images is not None and words is not None and len(images) != len(words):
         raise ValueError(
             f"image and text must be corrupted in as many samples each, not in {len(images)} and {len(words)}"
@@ -102,10 +103,10 @@ def apply(corruption: Corruption, original: Original) -> Corrupted:
     return Corrupted(images, words, made.note)
 
 
-def _checked(corrupted: object, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _checked(corrupted: object, shape: Sequence[int], like: Tensor) -> Tensor:
     expected = f"[samples, {', '.join(map(str, shape))}]"
     if not isinstance(corrupted, Tensor):
         raise TypeError(f"a corruption must return a tensor {expected}, not {type(corrupted).__name__}")
     if corrupted.dim() != 3 or corrupted.shape[1:] != torch.Size(shape) or corrupted.shape[0] == 0:
         raise ValueError(f"a corruption must return {expected}, not {list(corrupted.shape)}")
-    return corrupted.to(dtype)
+    return send(corrupted, like.device).to(like.dtype)

@@ -35,8 +35,10 @@ def parse_device(name: str) -> torch.device:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; of a GPU itself. Nothing is waited for."""
-    return values if values.device == device else send_all([values], device)
+    """A tensor on a device. Nothing is waited for, unless it is on another GPU."""
+    if values.device == device:
+        return values
+    return send_all([values], device) if values.device.type == "cpu" else values.to(device)
 
 
 def send_all(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -53,7 +53,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All others stay in their order."""
+    """All others stay in their order. Where there is a GPU, what stands in for one is not wanted."""
+    if torch.cuda.is_available():
+        items[:] = [item for item in items if item.get_closest_marker("without_gpu") is None]
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_machines import EMULATED, HERE, MACHINES, Machine, machine
+from gpu_machines import EMULATED, MACHINES, Machine, machine
 from test_ops import (
     CASES,
     Make,
@@ -53,7 +53,7 @@ def test_as_near_to_float64_as_the_reference(gpu: Machine, op: str, make: Make, 
     assert_as_near_as_the_reference(done(gpu, op, args), op, args)
 
 
-@pytest.mark.skipif(HERE, reason="a GPU chooses the order itself")
+@pytest.mark.without_gpu  # which chooses the order itself
 @every_case
 @TYPES
 @pytest.mark.parametrize("gpu", [EMULATED], indirect=True)

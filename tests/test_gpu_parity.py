@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from gpu_machines import GPUS, HERE, MACHINES, Machine, machine
+from gpu_machines import GPUS, MACHINES, Machine, machine
 from PIL.Image import Image
 from test_other_heads import ASKED
 from test_other_heads import IMAGE as SCENE
@@ -120,7 +120,7 @@ def test_cells_of_all_kinds(gpu: Machine) -> None:
     assert (scores(by(gpu, "vqa", "float32")) - truth).abs().max() <= allowed
 
 
-@pytest.mark.skipif(HERE, reason="on a GPU Triton's kernels are compiled, and tested above")
+@pytest.mark.without_gpu  # there they are compiled, and tested above
 def test_triton_s_kernels_interpreted(tmp_path: Path) -> None:
     """A few cells, for the interpreter is slow; in a process of its own, for it is chosen at the start."""
     case = {"corruption": blip_trace.GaussianNoise(samples=1), "tokens": {"text_encoder": [-1]}}
