@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import cost
 from .contexts import Knockout
+from .devices import fetch
 from .embedding import embed_texts, layer_norm
 from .graphs import Graphs
-from .head import Asked, read_answers
+from .head import Asked, Ending, answers, ending, read_answers
 from .metrics import OWN, Readings
 from .ops import OpSet
 from .passes import Part, can_shrink, merge, pack
@@ -166,15 +167,22 @@ def _run(
     """One pass over the planned stacks and the head."""
     images = torch.cat([rows for task in tasks for rows in task.images]).flatten(0, 1)
     texts = [embed_texts(program, stack, tasks) for stack in program.texts]
-    states = _through(program, ops, plan, graphs, tick, images, *texts)
     asked = [
         Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.reads)
         for rows, task in zip(plan.answer_rows, tasks, strict=True)
     ]
-    read = read_answers(program.head, ops, states, asked)
+    last = ending(program.head, ops, asked, plan.rows, images.device)
+    made = _through(program, ops, plan, graphs, tick, images, texts, last)
+    found = read_answers(program.head, ops, made, asked) if last is None else _fetched(asked, made)
     if tick is not None:
         tick(cost.head_operations(program.head, plan.rows))
-    return lambda: [_scores(task, *own) for task, own in zip(tasks, read(), strict=True)]
+    return lambda: [_scores(task, *own) for task, own in zip(tasks, found(), strict=True)]
+
+
+def _fetched(asked: Sequence[Asked], made: Tensor) -> Callable[[], list[tuple[Tensor, Readings]]]:
+    """What the ending of a pass made, on its way back."""
+    wait = fetch(made)
+    return lambda: answers(asked, wait())
 
 
 def _through(
@@ -184,32 +192,43 @@ def _through(
     graphs: Graphs | None,
     tick: Tick | None,
     images: Tensor,
-    *texts: Tensor,
+    texts: Sequence[Tensor] = (),
+    last: Ending | None = None,
 ) -> Tensor:
-    """The final states [rows, C] of the planned stacks: directly, or by a graph."""
+    """The final states [rows, C] of the planned stacks, or what the ending makes of them: directly, or by a
+    graph."""
     here = located(plan, images.device)
+    name, function, inputs = (None, None, ()) if last is None else last
     if graphs is None:
-        return _run_stacks(program, ops, here, tick, images, *texts)
-    states = graphs.run(id(here), partial(_run_stacks, program, ops, here, None), images, *texts)
+        return _run_stacks(program, ops, here, tick, function, images, *texts, *inputs)
+    key, whole = (id(here), name), partial(_run_stacks, program, ops, here, None, function)
+    made = graphs.run(key, whole, images, *texts, *inputs)
     if tick is not None:
         tick(cost.stacks_operations(program, plan))
-    return states
+    return made
 
 
 def _run_stacks(
-    program: Program, ops: OpSet, plan: Plan, tick: Tick | None, images: Tensor, *texts: Tensor
+    program: Program,
+    ops: OpSet,
+    plan: Plan,
+    tick: Tick | None,
+    last: Callable[..., Tensor] | None,
+    images: Tensor,
+    *inputs: Tensor,
 ) -> Tensor:
     """Run the planned stacks one behind the other: the image stack over embedded patches `images` [rows, C],
-    unless those are its final states already; then each text stack over its embedded texts [rows, C]."""
+    unless those are its final states already; then each text stack over its embedded texts [rows, C], the
+    first inputs; and last the ending, with those that are left."""
     states = images
-    entering = iter(texts)
+    left = iter(inputs)
     for shape in plan.stacks:
         stack = program.stacks[shape.name]
         if stack is program.image:
             states = _run_stack(stack, shape, ops, states, None, tick)
         else:
-            states = _run_stack(stack, shape, ops, next(entering), states, tick)
-    return states
+            states = _run_stack(stack, shape, ops, next(left), states, tick)
+    return states if last is None else last(states, *left)
 
 
 def _run_stack(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,58 +35,128 @@ class Asked:
     reads: Reads
 
 
-def read_answers(head: Head, ops: OpSet, hidden: Tensor, asked: Sequence[Asked]) -> Pending:
-    """Read the answers of all questions of a pass; hidden [rows, C]. A GPU is not waited for, unless a foil
-    is to be compared with an answer that is not known."""
-    if head.dense is not None:
-        assert head.norm is not None
-        hidden = ops.linear_gelu(hidden, head.dense.weight, head.dense.bias)
-        hidden = layer_norm(hidden, head.norm)  # [rows, C]
+class Ending(NamedTuple):
+    """What a pass makes of the last stack's states before it is over: `function` of them [rows, C] and
+    `inputs`, tensors on the same device. One name, one function and one number of inputs."""
+
+    name: str
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+def ending(head: Head, ops: OpSet, asked: Sequence[Asked], rows: int, device: torch.device) -> Ending | None:
+    """The ending of a pass in whose `rows` these questions are answered, for `answers`; None where it takes
+    more than the answers' own words, or cannot be known without waiting: see `read_answers`."""
+    open_ended = any(question.answer_ids[-1] == OWN for question in asked)
+    if any(question.reads != "answer" for question in asked):
+        return None
+    if open_ended and any(question.foil_ids is not None for question in asked):
+        return None
+    tokens, owner = _tokens(rows, asked)
+    if not open_ended:
+        return Ending("known answers", partial(_read, head, ops), (send(tokens, device),))
+    inputs = tuple(send(own, device) for own in (tokens, owner, _clean_ends(asked)))
+    return Ending("answers of its own", partial(_read, head, ops), inputs)
+
+
+def _read(
+    head: Head, ops: OpSet, states: Tensor, tokens: Tensor, owner: Tensor | None = None, *ends: Tensor
+) -> Tensor:
+    """What `answers` takes. tokens, owner: see `_tokens`; ends: see `_clean_ends`."""
+    hidden = _hidden(head, ops, states)
+    best = _most_probable(head, ops, hidden, *ends) if ends else None
+    scores, _, _ = _scores(head, ops, hidden, tokens, owner, best)
+    return _flat(scores, best)
+
+
+def answers(asked: Sequence[Asked], found: Tensor) -> list[tuple[Tensor, Readings]]:
+    """The answer [A] of each question, and the readings [runs, A] of its runs. found, on the CPU: scores
+    [3, rows], flat, and behind them the token of each question that was to choose one itself."""
+    open_ended = any(question.answer_ids[-1] == OWN for question in asked)
+    scores, best = found.split((len(found) - open_ended * len(asked), open_ended * len(asked)))
+    if open_ended:
+        asked = _known(asked, best.long())
+    log_probability, logit, foil_logit = scores.view(3, -1)
+    read: list[tuple[Tensor, Readings]] = []
+    for question in asked:
+        rows = question.rows
+        readings = {"log_probability": log_probability[rows], "logit": logit[rows]}
+        if question.foil_ids is not None:
+            readings["foil_logit"] = foil_logit[rows]
+        read.append((question.answer_ids, readings))
+    return read
+
+
+def read_answers(head: Head, ops: OpSet, states: Tensor, asked: Sequence[Asked]) -> Pending:
+    """Read the answers of all questions of a pass, whatever is read of them; states [rows, C]. A GPU is not
+    waited for, unless a foil is to be compared with an answer that is not known."""
+    hidden = _hidden(head, ops, states)
     if all(question.reads == "logits" for question in asked):
         waiting = [_everything(head, ops, hidden, question) for question in asked]
         return lambda: [wait() for wait in waiting]
-    best = _most_probable(head, ops, hidden, asked)
-    if best is not None and any(question.foil_ids is not None for question in asked):
-        asked = _known(asked, fetch(best)())
-        best = None
-    tokens, owner = _tokens(len(hidden), asked)
-    tokens = send(tokens, hidden.device)
-    if best is not None:
-        own = best[send(owner, hidden.device)][:, None]
-        tokens = torch.where(tokens == OWN, own, tokens)
-    logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens)
+    best = None
+    if any(question.answer_ids[-1] == OWN for question in asked):
+        best = _most_probable(head, ops, hidden, send(_clean_ends(asked), hidden.device))
+        if any(question.foil_ids is not None for question in asked):
+            asked = _known(asked, fetch(best)())
+            best = None
+    tokens, owner = (send(own, hidden.device) for own in _tokens(len(hidden), asked))
+    scores, tokens, log_sum_exp = _scores(head, ops, hidden, tokens, owner, best)
     over_vocabulary = {
         number: fetch(_over_vocabulary(head, ops, hidden, log_sum_exp, question.rows, tokens))
         for number, question in enumerate(asked)
         if question.reads == "vocabulary"
     }
-    values = fetch(torch.stack((logits[:, 0] - log_sum_exp, logits[:, 0], logits[:, 1])))
-    found = None if best is None else fetch(best)
+    found = fetch(_flat(scores, best))
 
     def wait() -> list[tuple[Tensor, Readings]]:
-        known = asked if found is None else _known(asked, found())
-        log_probability, logit, foil_logit = values()
-        read: list[tuple[Tensor, Readings]] = []
-        for number, question in enumerate(known):
-            rows = question.rows
-            readings = {"log_probability": log_probability[rows], "logit": logit[rows]}
-            if question.foil_ids is not None:
-                readings["foil_logit"] = foil_logit[rows]
-            if number in over_vocabulary:
-                readings["kl_divergence"], readings["rank"] = over_vocabulary[number]()
-            read.append((question.answer_ids, readings))
+        read = answers(asked, found())
+        for number, more in over_vocabulary.items():
+            answer, readings = read[number]
+            divergence, rank = more()
+            read[number] = answer, {**readings, "kl_divergence": divergence, "rank": rank}
         return read
 
     return wait
 
 
-def _most_probable(head: Head, ops: OpSet, hidden: Tensor, asked: Sequence[Asked]) -> Tensor | None:
-    """For each question [questions] the most probable token at the end of its clean run's answer; None where
-    all answers are known: then the logits of all words need not be computed."""
-    if all(question.answer_ids[-1] != OWN for question in asked):
-        return None
-    rows = send(torch.stack([question.rows[0, -1] for question in asked]), hidden.device)
-    return _all_logits(head, ops, hidden[rows]).argmax(-1)
+def _hidden(head: Head, ops: OpSet, states: Tensor) -> Tensor:
+    """What the vocabulary is multiplied with [rows, C]."""
+    if head.dense is None:
+        return states
+    assert head.norm is not None
+    return layer_norm(ops.linear_gelu(states, head.dense.weight, head.dense.bias), head.norm)
+
+
+def _clean_ends(asked: Sequence[Asked]) -> Tensor:
+    """Where the clean run of each question [questions] says the last token of its answer."""
+    return torch.stack([question.rows[0, -1] for question in asked])
+
+
+def _most_probable(head: Head, ops: OpSet, hidden: Tensor, ends: Tensor) -> Tensor:
+    """For each question [questions] the most probable token there, from the logits of all words."""
+    return _all_logits(head, ops, hidden[ends]).argmax(-1)
+
+
+def _scores(
+    head: Head, ops: OpSet, hidden: Tensor, tokens: Tensor, owner: Tensor | None, best: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row the log-probability and the logit of its answer's token and the logit of its foil's
+    [3, rows]; the tokens, with those that the questions chose put in; and the log-sum-exp [rows]."""
+    if best is not None:
+        tokens = torch.where(tokens == OWN, best[owner][:, None], tokens)
+    logits, log_sum_exp = ops.token_logits(hidden, head.decoder.weight, head.decoder.bias, tokens)
+    return (
+        torch.stack((logits[:, 0] - log_sum_exp, logits[:, 0], logits[:, 1])),
+        tokens,
+        log_sum_exp,
+    )
+
+
+def _flat(scores: Tensor, best: Tensor | None) -> Tensor:
+    """One tensor to fetch: numbers of tokens are whole in float64 too."""
+    flat = scores.flatten()
+    return flat if best is None else torch.cat((flat, best.to(flat.dtype)))
 
 
 def _known(asked: Sequence[Asked], best: Tensor) -> list[Asked]:
