@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .devices import send_all
+from .devices import send, send_all
 from .program import Norm, PatchEmbedding, Program, Stack, TokenEmbedding
 from .task import Task
 
@@ -19,37 +19,56 @@ def word_table(stack: Stack) -> Tensor:
     return stack.embedding.words
 
 
-def embed_texts(program: Program, stack: Stack, tasks: Sequence[Task]) -> Tensor:
-    """What enters a text stack, one text behind the other: [rows, C]. Into the first one goes each task's
-    text, clean and then corrupted; into the next its answer, as far as it is given."""
-    assert isinstance(stack.embedding, TokenEmbedding)
-    table = word_table(stack)
+def entering(program: Program, stack: Stack, tasks: Sequence[Task]) -> tuple[Tensor, ...]:
+    """What `embed_texts` takes to make what enters a text stack, one text behind the other. Into the first
+    one goes each task's text, clean and then corrupted; into the next its answer, as far as it is given."""
+    device = word_table(stack).device
     first = stack is program.texts[0]
-    ids = [_entering(program, task, first) for task in tasks]
-    words = table[send_all(ids, table.device)]
-    copies = [1 + task.samples * (first and task.words is not None) for task in tasks]
-    if max(copies) > 1:
-        parts = words.split([len(own) for own in ids])
-        words = torch.cat([_with_corrupted(own, task) for own, task in zip(parts, tasks, strict=True)])
+    ids = [_ids(program, task, first) for task in tasks]
+    words = [task.words if first else None for task in tasks]
+    copies = [1 if own is None else 1 + len(own) for own in words]
     places = [torch.arange(len(own)).repeat(n) for own, n in zip(ids, copies, strict=True)]
-    positions = stack.embedding.positions[send_all(places, table.device)]
-    return layer_norm(words + positions, stack.embedding.norm)
+    clean = send_all(ids, device), send_all(places, device)
+    corrupted = [own.flatten(0, 1) for own in words if own is not None]
+    if not corrupted:
+        return clean
+    return *clean, torch.cat(corrupted), send(_rows(ids, words), device)
 
 
-def _entering(program: Program, task: Task, first: bool) -> Tensor:
-    """Ids of what enters the first text stack, or the next."""
+def embed_texts(stack: Stack, ids: Tensor, places: Tensor, *corrupted: Tensor) -> Tensor:
+    """Words of these ids [n] at these places [rows]: [rows, C]. Or, of the words and behind them the
+    corrupted ones [m, C], those in these rows [rows]."""
+    assert isinstance(stack.embedding, TokenEmbedding)
+    words = stack.embedding.words[ids]
+    if corrupted:
+        more, rows = corrupted
+        words = torch.cat((words, more))[rows]
+    return layer_norm(words + stack.embedding.positions[places], stack.embedding.norm)
+
+
+def _ids(program: Program, task: Task, first: bool) -> Tensor:
+    """Of what enters the first text stack, or the next."""
     begun = task.answer_ids[:-1]
     if not first:
         return torch.cat((torch.tensor([program.start_token]), begun))
     return torch.cat((task.text_ids, begun)) if program.task == "continue" else task.text_ids
 
 
-def _with_corrupted(clean: Tensor, task: Task) -> Tensor:
-    """Words of a task's clean text [T, C] and, behind them, of its corrupted ones: [rows, C]."""
-    if task.words is None:
-        return clean
-    behind = clean[task.words.shape[1] :].expand(len(task.words), -1, -1)
-    return torch.cat((clean, torch.cat((task.words, behind), dim=1).flatten(0, 1)))
+def _rows(ids: Sequence[Tensor], words: Sequence[Tensor | None]) -> Tensor:
+    """Where the words of each text [T] are, and those of its corrupted copies [S, t, C], which end like it,
+    among all texts' words and behind them all corrupted ones."""
+    rows = []
+    begin, behind = 0, sum(map(len, ids))
+    for own, corrupted in zip(ids, words, strict=True):
+        clean = torch.arange(begin, begin + len(own))
+        rows.append(clean)
+        begin += len(own)
+        if corrupted is not None:
+            samples, spoilt, _ = corrupted.shape
+            made = behind + torch.arange(samples * spoilt).view(samples, spoilt)
+            rows.append(torch.cat((made, clean[spoilt:].expand(samples, -1)), dim=1).flatten())
+            behind += samples * spoilt
+    return torch.cat(rows)
 
 
 @torch.inference_mode()

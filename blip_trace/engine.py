@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import cost
 from .contexts import Knockout
 from .devices import fetch
-from .embedding import embed_texts, layer_norm
+from .embedding import embed_texts, entering, layer_norm
 from .graphs import Graphs
 from .head import Asked, Ending, answers, ending, read_answers
 from .metrics import OWN, Readings
@@ -166,7 +167,7 @@ def _run(
 ) -> Pending:
     """One pass over the planned stacks and the head."""
     images = torch.cat([rows for task in tasks for rows in task.images]).flatten(0, 1)
-    texts = [embed_texts(program, stack, tasks) for stack in program.texts]
+    texts = [entering(program, stack, tasks) for stack in program.texts]
     asked = [
         Asked(torch.from_numpy(rows), task.answer_ids, task.foil_ids, task.reads)
         for rows, task in zip(plan.answer_rows, tasks, strict=True)
@@ -192,17 +193,18 @@ def _through(
     graphs: Graphs | None,
     tick: Tick | None,
     images: Tensor,
-    texts: Sequence[Tensor] = (),
+    texts: Sequence[tuple[Tensor, ...]] = (),
     last: Ending | None = None,
 ) -> Tensor:
     """The final states [rows, C] of the planned stacks, or what the ending makes of them: directly, or by a
     graph."""
     here = located(plan, images.device)
     name, function, inputs = (None, None, ()) if last is None else last
+    counts, entered = [len(own) for own in texts], [part for own in texts for part in own]
     if graphs is None:
-        return _run_stacks(program, ops, here, tick, function, images, *texts, *inputs)
-    key, whole = (id(here), name), partial(_run_stacks, program, ops, here, None, function)
-    made = graphs.run(key, whole, images, *texts, *inputs)
+        return _run_stacks(program, ops, here, tick, counts, function, images, *entered, *inputs)
+    key, whole = (id(here), name), partial(_run_stacks, program, ops, here, None, counts, function)
+    made = graphs.run(key, whole, images, *entered, *inputs)
     if tick is not None:
         tick(cost.stacks_operations(program, plan))
     return made
@@ -213,21 +215,23 @@ def _run_stacks(
     ops: OpSet,
     plan: Plan,
     tick: Tick | None,
+    counts: Sequence[int],
     last: Callable[..., Tensor] | None,
     images: Tensor,
     *inputs: Tensor,
 ) -> Tensor:
     """Run the planned stacks one behind the other: the image stack over embedded patches `images` [rows, C],
-    unless those are its final states already; then each text stack over its embedded texts [rows, C], the
-    first inputs; and last the ending, with those that are left."""
+    unless those are its final states already; then each text stack over what enters it, as many inputs as
+    `counts` says; and last the ending, with those that are left."""
     states = images
-    left = iter(inputs)
+    left, each = iter(inputs), iter(counts)
     for shape in plan.stacks:
         stack = program.stacks[shape.name]
         if stack is program.image:
             states = _run_stack(stack, shape, ops, states, None, tick)
         else:
-            states = _run_stack(stack, shape, ops, next(left), states, tick)
+            embedded = embed_texts(stack, *islice(left, next(each)))
+            states = _run_stack(stack, shape, ops, embedded, states, tick)
     return states if last is None else last(states, *left)
 
 
