@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -227,6 +228,30 @@ def test_somebody_slow(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
             pass
         wait_until(lambda: fast.has(LOCK))
         fast.write("plan.json", b"still mine")
+
+
+def test_somebody_who_withdraws(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lease is no reason to give the run up; as long as it is there nothing is written."""
+    monkeypatch.setattr(bucket, "RENEW_SECONDS", 0.02)
+    store, other = open_store(place), open_store(place)
+    assert isinstance(store, bucket.Bucket)
+    with store.lock(), ThreadPoolExecutor(1) as thread:
+        monkeypatch.setattr(bucket, "SETTLE_SECONDS", 2.0)
+
+        def noticed() -> bool:
+            lease(other, age=0)  # again, for it may be overwritten as the other one is renewed
+            time.sleep(0.05)
+            return not store._certain.is_set()
+
+        wait_until(noticed)
+        writing = thread.submit(store.write, "plan.json", b"still mine")
+        time.sleep(0.1)
+        assert not other.has("plan.json")
+        other.remove(LOCK)
+        writing.result(timeout=50)
+        wait_until(lambda: (found := store._lease()) is not None and found["token"] == store._token)
+    assert other.read("plan.json") == b"still mine"
+    assert not other.has(LOCK)
 
 
 def test_taken_over(place: str, cheap: Tracer, monkeypatch: pytest.MonkeyPatch) -> None:

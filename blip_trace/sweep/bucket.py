@@ -30,7 +30,8 @@ LEASE_SECONDS = 60.0
 """So long after somebody last said to be there, others take over. Clocks may differ by less than that."""
 RENEW_SECONDS = 15.0
 SETTLE_SECONDS = 2.0
-"""So long it is waited before looking who of several that came at the same time was the last."""
+"""So long it is waited before looking who of several that came at the same time was the last, and whether
+somebody who came too late has withdrawn."""
 CHUNK_BYTES = 8 * 2**20
 
 
@@ -43,7 +44,10 @@ class Bucket(Store):
         self._files = filesystem
         self._root = root.rstrip("/")
         self._token = uuid.uuid4().hex
+        self._stranger: str | None = None
         self._taken_by: str | None = None
+        self._certain = threading.Event()
+        self._certain.set()
 
     def __str__(self) -> str:
         return self._called
@@ -61,7 +65,8 @@ class Bucket(Store):
 
     @contextmanager
     def writing(self, name: str, durable: bool = True) -> Iterator[BinaryIO]:
-        """See `Store`. Raises Busy where somebody else has taken the run over."""
+        """See `Store`. Raises Busy where somebody else has taken the run over, once that is certain."""
+        self._certain.wait()
         if self._taken_by is not None:
             raise Busy(
                 f"{self} was taken over by {self._taken_by}, for it had heard nothing from this process"
@@ -125,6 +130,7 @@ class Bucket(Store):
         A process that is killed keeps its lease until that ends, or until another one on the same machine
         sees that it is gone.
         """
+        self._stranger = self._taken_by = None
         self._claim()
         time.sleep(SETTLE_SECONDS)
         lease = self._lease()
@@ -138,7 +144,8 @@ class Bucket(Store):
         finally:
             done.set()
             renewing.join()
-            if self._taken_by is None:
+            self._certain.set()
+            if self._stranger is None:
                 self.remove(LOCK)
 
     def owner(self) -> str | None:
@@ -188,18 +195,27 @@ class Bucket(Store):
         self.write_json(LOCK, lease)
 
     def _check_lease(self) -> None:
+        """Whose lease it is. Another's may be that of somebody who came too late and withdraws it (`_claim`):
+        until it was looked at twice nothing is written."""
         lease = self._lease()
-        if lease is not None and lease["token"] != self._token:
+        stranger = None if lease is None or lease["token"] == self._token else lease["token"]
+        if stranger is not None and stranger == self._stranger:
             self._taken_by = _holder(lease)
+        self._stranger = stranger
+        if stranger is None or self._taken_by is not None:
+            self._certain.set()
+        else:
+            self._certain.clear()
 
     def _keep_lease(self, done: threading.Event) -> None:
         """Renew it until `done`, or until somebody else has it."""
-        while not done.wait(RENEW_SECONDS):
+        while not done.wait(RENEW_SECONDS if self._stranger is None else SETTLE_SECONDS):
             with suppress(OSError):  # storage that cannot be reached now may be later
                 self._check_lease()
                 if self._taken_by is not None:
                     return
-                self._renew()
+                if self._stranger is None:
+                    self._renew()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
