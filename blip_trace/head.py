@@ -60,11 +60,17 @@ def ending(head: Head, ops: OpSet, asked: Sequence[Asked], rows: int, device: to
 
 
 def _read(
-    head: Head, ops: OpSet, states: Tensor, tokens: Tensor, owner: Tensor | None = None, *ends: Tensor
+    head: Head,
+    ops: OpSet,
+    states: Tensor,
+    tokens: Tensor,
+    owner: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> Tensor:
-    """What `answers` takes. tokens, owner: see `_tokens`; ends: see `_clean_ends`."""
+    """What `answers` takes. tokens, owner: see `_tokens`; ends: see `_clean_ends`, None where all answers are
+    known."""
     hidden = _hidden(head, ops, states)
-    best = _most_probable(head, ops, hidden, *ends) if ends else None
+    best = None if ends is None else _most_probable(head, ops, hidden, ends)
     scores, _, _ = _scores(head, ops, hidden, tokens, owner, best)
     return _flat(scores, best)
 

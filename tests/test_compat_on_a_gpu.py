@@ -18,6 +18,8 @@ from blip_trace.scenes import random_scene
 
 QUESTION = "what shape is at the bottom center"
 TOKENS = 9
+LOGITS = 10 * TOLERANCE
+"""Of probabilities and of logits, which are about ten."""
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def asked(seed: int, device: str) -> dict[str, Tensor]:
 
 def agree(there: Any, here: Any) -> None:
     here, there = torch.as_tensor(here), torch.as_tensor(there)
-    assert float(here.max() - here.min()) > 100 * TOLERANCE
-    torch.testing.assert_close(there, here, rtol=0, atol=10 * TOLERANCE)
+    assert float(here.max() - here.min()) > 100 * LOGITS
+    torch.testing.assert_close(there, here, rtol=0, atol=LOGITS)
 
 
 def test_palit(gpu: Machine) -> None:
@@ -174,7 +176,7 @@ def test_pyvene_around_the_model_itself(gpu: Machine) -> None:
     there = call("cuda")
     assert all(isinstance(own, OnGpu) for own in there)
     for own, same in zip(there, call("cpu"), strict=True):
-        torch.testing.assert_close(own.numbers, same, rtol=0, atol=10 * TOLERANCE)  # type: ignore[attr-defined]
+        torch.testing.assert_close(own.numbers, same, rtol=0, atol=LOGITS)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("stack", ["text_encoder", "text_decoder"])

@@ -56,16 +56,17 @@ def there(gpu: Machine, name: str = "vqa", backend: Any = "native", dtype: str =
     return made
 
 
-def spread(result: TraceResult) -> float:
-    return float(max(own.max() - own.min() for own in result.restored.values()))
+def agree(own: TraceResult, same: TraceResult, tolerance: float = TOLERANCE) -> None:
+    """By chance maps as far apart as these could not."""
+    assert max(float(cells.max() - cells.min()) for cells in same.restored.values()) >= 100 * tolerance
+    assert largest_difference(own, same) <= tolerance
 
 
 def test_a_batch_waits_for_nothing(gpu: Machine) -> None:
     found = there(gpu).trace_batch(PAIRS)
     assert gpu.waits == []
     for own, same in zip(found, here().trace_batch(PAIRS), strict=True):
-        assert spread(same) > 100 * TOLERANCE
-        assert largest_difference(own, same) <= TOLERANCE
+        agree(own, same)
 
 
 def test_passes_that_are_replayed(gpu: Machine) -> None:
@@ -74,7 +75,7 @@ def test_passes_that_are_replayed(gpu: Machine) -> None:
     for turn in range(3):
         pairs = [(image + turn, question) for image, question in PAIRS]
         for own, same in zip(ours.trace_batch(pairs), here().trace_batch(pairs), strict=True):
-            assert largest_difference(own, same) <= TOLERANCE
+            agree(own, same)
     graphs: Any = ours._graphs
     assert sum(own.calls for own in graphs.made) >= 2 * len(graphs.made) > 0
     assert gpu.waits == []
@@ -89,7 +90,7 @@ def test_little_memory(gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         ours = there(gpu)
         for _ in range(2):
             for own, same in zip(ours.trace_batch(PAIRS), here().trace_batch(PAIRS), strict=True):
-                assert largest_difference(own, same) <= TOLERANCE
+                agree(own, same)
         graphs: Any = ours._graphs
         assert sum(own.calls for own in graphs.made) > 20  # a pass for each sample of each question
     finally:
@@ -136,7 +137,7 @@ def test_numbers_that_are_not_finite_are_found_in_the_end(gpu: Machine) -> None:
     with pytest.raises(ValueError, match="the image encoder gives NaN or infinite embeddings"):
         ours.trace_batch([(3e38 * IMAGES[0], QUESTIONS[0]), PAIRS[1]])
     assert gpu.waits == []
-    assert largest_difference(*(own.trace(*PAIRS[1], None, NOISE) for own in (ours, here()))) <= TOLERANCE
+    agree(*(own.trace(*PAIRS[1], None, NOISE) for own in (ours, here())))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_corruptions(gpu: Machine, corruption: Corruption) -> None:
     # how far the words of the table are apart is asked for once
     words = isinstance(corruption, blip_trace.TokenNoise | blip_trace.Together)
     assert gpu.waits == ["a value"] * words
-    assert largest_difference(own, here().trace(*PAIRS[0], corruption=corruption, window=2)) <= TOLERANCE
+    agree(own, here().trace(*PAIRS[0], corruption=corruption, window=2))
 
 
 def test_a_corruption_of_this_process(gpu: Machine) -> None:
@@ -169,7 +170,7 @@ def test_a_corruption_of_this_process(gpu: Machine) -> None:
     made = blip_trace.GaussianNoise(samples=2)(torch.rand(65, 128))
     own = there(gpu).trace(*PAIRS[0], corruption=lambda states: made)
     assert gpu.waits == []
-    assert largest_difference(own, here().trace(*PAIRS[0], corruption=lambda states: made)) <= TOLERANCE
+    agree(own, here().trace(*PAIRS[0], corruption=lambda states: made))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_options(gpu: Machine, options: dict[str, Any]) -> None:
     options = {"corruption": NOISE, **options}
     own = there(gpu).trace(*PAIRS[0], **options)
     assert gpu.waits == []
-    assert largest_difference(own, here().trace(*PAIRS[0], **options)) <= TOLERANCE
+    agree(own, here().trace(*PAIRS[0], **options))
 
 
 @pytest.mark.parametrize("method", ["attribution", "screen"])
@@ -201,7 +202,7 @@ def test_estimates(gpu: Machine, method: str) -> None:
     """Their gradients are the model's own, and are waited for."""
     own = there(gpu).trace(*PAIRS[0], corruption=NOISE, method=method)
     same = here().trace(*PAIRS[0], corruption=NOISE, method=method)
-    assert largest_difference(own, same) <= 10 * TOLERANCE  # of tipping points
+    agree(own, same, 10 * TOLERANCE)  # of tipping points
 
 
 def test_cells_of_all_kinds(gpu: Machine) -> None:
@@ -226,10 +227,10 @@ def test_cells_of_all_kinds(gpu: Machine) -> None:
 
 @pytest.mark.parametrize("name", ["caption", "match"])
 def test_other_models(gpu: Machine, name: str) -> None:
-    inputs = (IMAGES[0], "a large red square", None if name == "match" else "and a circle", NOISE)
+    inputs = (IMAGES[0], "a large", None, NOISE)
     own = there(gpu, name).trace(*inputs)
     assert gpu.waits == []
-    assert largest_difference(own, here(name).trace(*inputs)) <= TOLERANCE
+    agree(own, here(name).trace(*inputs))
 
 
 def test_what_the_model_says(gpu: Machine) -> None:
@@ -244,13 +245,13 @@ def test_what_the_model_says(gpu: Machine) -> None:
 def test_the_unmodified_model_there(gpu: Machine) -> None:
     """The backend that defines what is right takes the same inputs."""
     own = there(gpu, backend="hooks").trace(*PAIRS[0], corruption=NOISE, kinds=["mlp"])
-    assert largest_difference(own, here().trace(*PAIRS[0], corruption=NOISE, kinds=["mlp"])) <= TOLERANCE
+    agree(own, here().trace(*PAIRS[0], corruption=NOISE, kinds=["mlp"]))
 
 
 def test_bfloat16(gpu: Machine) -> None:
-    """Products are rounded alike whatever shares their pass."""
+    """One question alone is the same pass on both: no product is rounded otherwise."""
     own = there(gpu, dtype="bfloat16").trace(*PAIRS[0], corruption=NOISE)
-    assert largest_difference(own, here(dtype="bfloat16").trace(*PAIRS[0], corruption=NOISE)) <= 1e-3
+    agree(own, here(dtype="bfloat16").trace(*PAIRS[0], corruption=NOISE))
     assert gpu.waits == []
 
 
